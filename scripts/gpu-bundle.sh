@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds `ttt` for CUDA and packs it into .carry/ttt.xz, to be taken to a GPU machine that has no Rust toolchain.
-# There: `xz -dc .carry/ttt.xz > ttt && chmod +x ttt && . scripts/gpu-env.sh && ./ttt doctor`.
+# There: `xz -dc .carry/ttt.xz > ttt && chmod +x ttt && . scripts/gpu-env.sh`, then `./ttt ...`.
 #
 # Usage: scripts/gpu-bundle.sh [CARGO_BUILD_ARGUMENT...]
 # The GPU machine needs a C library at least as new as this machine's, a driver, and NVIDIA's libraries.

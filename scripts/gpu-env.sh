@@ -33,7 +33,9 @@ PYTHON
             ln -s "$folder/libnccl.so.2" "$links/libnccl.so"
             LD_LIBRARY_PATH=$LD_LIBRARY_PATH:$links
         fi
-    done <<<"$found"
+    done <<FOUND
+$found
+FOUND
     export LD_LIBRARY_PATH
 }
 
