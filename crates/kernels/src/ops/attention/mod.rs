@@ -1,0 +1,70 @@
+//! Causal attention: full or sliding window, grouped key-value heads, packed documents.
+
+mod reference;
+
+use burn::tensor::Tensor;
+
+use crate::function::{Forward, Function, Value, apply};
+use crate::packing::Packing;
+
+/// What a query may see.
+#[derive(Clone, Debug)]
+pub struct AttentionSpec {
+    /// Keys i − window + 1 ..= i; `None`: all earlier keys.
+    pub window: Option<usize>,
+    /// Factor on the scores, usually E^−½.
+    pub scale: f64,
+    /// Position of the first query among the keys: 0 in training, the cache's length in decoding.
+    pub query_offset: usize,
+    /// A query sees keys of its own document only. Positions are those of the keys; `None`: each
+    /// row is one document.
+    pub packing: Option<Packing>,
+}
+
+/// Softmax attention: q `[B, N, H, E]`; k, v `[B, S, G, E]` → `[B, N, H, E]`.
+///
+/// Query head a uses key-value head ⌊a G / H⌋. Query i stands at key position `query_offset` + i and
+/// sees keys at its own and earlier positions, within the window and its document. Scores and
+/// softmax are taken in f32. Memory is linear in N: scores live for one tile of queries at a time.
+///
+/// # Panics
+/// If H is not a multiple of G, or the queries reach past the keys.
+pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: AttentionSpec) -> Tensor<4> {
+    let ([_, queries, heads, _], [_, keys, groups, _]) = (q.dims(), k.dims());
+    assert_eq!(heads % groups, 0, "query heads in whole groups");
+    assert!(
+        spec.query_offset + queries <= keys,
+        "{queries} queries from position {} do not fit {keys} keys",
+        spec.query_offset
+    );
+    apply(Attention { spec }, [q.into(), k.into(), v.into()]).tensor()
+}
+
+#[derive(Debug)]
+struct Attention {
+    spec: AttentionSpec,
+}
+
+/// q, k, v, the output, and the log-sum-exp of each query's scores `[B, H, N]`.
+type Saved = (Tensor<4>, Tensor<4>, Tensor<4>, Tensor<4>, Tensor<3>);
+
+impl Function<3> for Attention {
+    type Saved = Saved;
+
+    fn forward(&self, [q, k, v]: [Value; 3]) -> Forward<Saved> {
+        let (q, k, v) = (q.tensor(), k.tensor(), v.tensor());
+        let (output, log_sum_exp) =
+            reference::forward(q.clone(), k.clone(), v.clone(), &self.spec);
+        Forward {
+            output: output.clone().into(),
+            extra: vec![],
+            saved: (q, k, v, output, log_sum_exp),
+        }
+    }
+
+    fn backward(self, saved: Saved, dy: Value, _: [bool; 3]) -> [Option<Value>; 3] {
+        let (q, k, v, output, log_sum_exp) = saved;
+        let dy = dy.tensor();
+        reference::backward(q, k, v, output, log_sum_exp, dy, &self.spec).map(|g| Some(g.into()))
+    }
+}

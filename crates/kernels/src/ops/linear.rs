@@ -1,0 +1,50 @@
+//! `y = x Wᵀ`.
+
+use burn::tensor::Tensor;
+
+use crate::dtype::cast;
+use crate::function::{Forward, Function, Value, apply};
+
+/// `y = x Wᵀ` in x's precision: x `[.., K]`, weight `[M, K]` (Hugging Face layout) → `[.., M]`.
+///
+/// A weight kept in another precision is cast; its gradient comes back in its own.
+pub fn linear<const R: usize>(x: Tensor<R>, weight: Tensor<2>) -> Tensor<R> {
+    let mut dims = x.dims();
+    let inner = dims[R - 1];
+    let rows = dims[..R - 1].iter().product();
+    dims[R - 1] = weight.dims()[0];
+    let x: Tensor<2> = x.reshape([rows, inner]);
+    apply(Linear, [x.into(), weight.into()])
+        .tensor::<2>()
+        .reshape(dims)
+}
+
+#[derive(Debug)]
+struct Linear;
+
+impl Function<2> for Linear {
+    type Saved = (Tensor<2>, Tensor<2>);
+
+    fn forward(&self, [x, weight]: [Value; 2]) -> Forward<Self::Saved> {
+        let (x, weight) = (x.tensor::<2>(), weight.tensor::<2>());
+        let y = x.clone().matmul(cast(weight.clone(), x.dtype()).transpose());
+        Forward {
+            output: y.into(),
+            extra: vec![],
+            saved: (x, weight),
+        }
+    }
+
+    fn backward(
+        self,
+        (x, weight): Self::Saved,
+        dy: Value,
+        wanted: [bool; 2],
+    ) -> [Option<Value>; 2] {
+        let dy = dy.tensor::<2>();
+        let dtype = weight.dtype();
+        let dx = wanted[0].then(|| dy.clone().matmul(cast(weight, x.dtype())).into());
+        let dw = wanted[1].then(|| cast(dy.transpose().matmul(x), dtype).into());
+        [dx, dw]
+    }
+}

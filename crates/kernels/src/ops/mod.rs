@@ -1,0 +1,11 @@
+//! One file per operation: contract, reference form, backward.
+
+pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod linear;
+pub mod rms_norm;
+pub mod rope;
+pub mod seed;
+pub mod swiglu;
+pub mod ttt;

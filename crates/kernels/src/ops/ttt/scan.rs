@@ -1,0 +1,220 @@
+//! The running-state scan and its reversible backward (in-place-ttt, section 5).
+
+use burn::tensor::Tensor;
+
+use crate::dtype::{cast, widen};
+use crate::function::{Forward, Function, Value, apply_with_extra};
+use crate::packing::{Packing, Piece, Write};
+
+/// How the fast weight learns.
+#[derive(Clone, Debug)]
+pub struct ScanSpec {
+    /// Inner learning rate η.
+    pub lr: f64,
+    /// Tokens per chunk.
+    pub chunk: usize,
+    /// Largest Frobenius norm of one chunk's update, before η ([P] appendix D.2). Inference only:
+    /// the backward pass does not know it.
+    pub clip: Option<f64>,
+    /// The documents of the rows.
+    pub packing: Packing,
+}
+
+/// What a scan returns.
+#[derive(Debug)]
+pub struct Scan {
+    /// `[B, N, D]`
+    pub output: Tensor<3>,
+    /// Largest ‖S‖_F at the end of a document, over all rows; 0 if no state was read: `[1]`.
+    pub state_norm: Tensor<1>,
+}
+
+/// `O_i = Z_i (W_0 + η Σ_{j<i} V_jᵀ Z_j)ᵀ` per document: z `[B, N, F]`, v `[B, N, D]`,
+/// w0 `[D, F]`.
+///
+/// # Panics
+/// If a clip is set while gradients are tracked, or the packing does not fit z.
+pub fn fast_weight_scan(z: Tensor<3>, v: Tensor<3>, w0: Tensor<2>, spec: ScanSpec) -> Scan {
+    let tracked = [z.is_tracked(), v.is_tracked(), w0.is_tracked()];
+    assert!(
+        spec.clip.is_none() || !tracked.contains(&true),
+        "clipped updates are for inference"
+    );
+    let [rows, length, _] = z.dims();
+    assert_eq!(
+        (spec.packing.rows().len(), spec.packing.length()),
+        (rows, length),
+        "a packing of other rows"
+    );
+    let (output, mut extra) =
+        apply_with_extra(FastWeightScan { spec }, [z.into(), v.into(), w0.into()]);
+    Scan {
+        output: output.tensor(),
+        state_norm: extra.swap_remove(0).tensor(),
+    }
+}
+
+/// Z (W0 + η S)ᵀ: z `[T, F]` → `[T, D]`; without a state, Z W0ᵀ. The weight is rounded to z's
+/// precision once, after the sum.
+pub fn apply_state(z: Tensor<2>, w0: &Tensor<2>, state: Option<&Tensor<2>>, lr: f64) -> Tensor<2> {
+    let weight = effective_weight(w0, state, lr);
+    z.clone().matmul(cast(weight, z.dtype()).transpose())
+}
+
+/// VᵀZ in f32, scaled down to a norm of at most `clip`: v `[T, D]`, z `[T, F]` → `[D, F]`.
+pub fn outer_update(v: Tensor<2>, z: Tensor<2>, clip: Option<f64>) -> Tensor<2> {
+    let delta = widen(v).transpose().matmul(widen(z));
+    match clip {
+        None => delta,
+        Some(limit) => {
+            // min(1, limit / norm); a zero update stays zero.
+            let norm = frobenius(&delta).clamp_min(f64::from(f32::MIN_POSITIVE));
+            let factor = norm.recip().mul_scalar(limit).clamp_max(1.0);
+            delta * factor.unsqueeze::<2>()
+        }
+    }
+}
+
+fn frobenius(matrix: &Tensor<2>) -> Tensor<1> {
+    matrix.clone().square().sum().sqrt()
+}
+
+/// W0 + η S in f32.
+fn effective_weight(w0: &Tensor<2>, state: Option<&Tensor<2>>, lr: f64) -> Tensor<2> {
+    match state {
+        None => w0.clone(),
+        Some(state) => cast(w0.clone(), state.dtype()) + state.clone().mul_scalar(lr),
+    }
+}
+
+/// Rows `piece` of row `b`: `[B, N, X]` → `[T, X]`.
+fn take(x: &Tensor<3>, b: usize, range: std::ops::Range<usize>) -> Tensor<2> {
+    x.clone().slice([b..b + 1, range]).squeeze_dim(0)
+}
+
+#[derive(Debug)]
+struct FastWeightScan {
+    spec: ScanSpec,
+}
+
+#[derive(Clone, Debug)]
+struct Saved {
+    z: Tensor<3>,
+    v: Tensor<3>,
+    w0: Tensor<2>,
+    /// The state at the end of each row, if its last document had one.
+    last: Vec<Option<Tensor<2>>>,
+}
+
+impl FastWeightScan {
+    fn pieces(&self, row: usize) -> Vec<Piece> {
+        self.spec.packing.pieces(row, self.spec.chunk)
+    }
+}
+
+impl Function<3> for FastWeightScan {
+    type Saved = Saved;
+
+    fn forward(&self, [z, v, w0]: [Value; 3]) -> Forward<Saved> {
+        let (z, v, w0) = (z.tensor::<3>(), v.tensor::<3>(), w0.tensor::<2>());
+        let spec = &self.spec;
+        let mut outputs = vec![];
+        let mut last = vec![];
+        let mut norms = vec![Tensor::<1>::zeros([1], (&z.device(), crate::dtype::wide(z.dtype())))];
+        for row in 0..z.dims()[0] {
+            let mut state: Option<Tensor<2>> = None;
+            let mut row_output = vec![];
+            for piece in self.pieces(row) {
+                let tz = take(&z, row, piece.range.clone());
+                let read = state.as_ref().filter(|_| piece.reads);
+                row_output.push(apply_state(tz.clone(), &w0, read, spec.lr));
+                if piece.reads && piece.write == Write::Nothing {
+                    norms.push(frobenius(read.expect("a piece that reads follows a write")));
+                }
+                if piece.write != Write::Nothing {
+                    let delta = outer_update(take(&v, row, piece.range), tz, spec.clip);
+                    state = match (piece.write, state) {
+                        (Write::Add, Some(sum)) => Some(sum + delta),
+                        _ => Some(delta),
+                    };
+                }
+            }
+            let reads_at_end = self.pieces(row).last().is_some_and(|piece| piece.reads);
+            last.push(state.filter(|_| reads_at_end));
+            outputs.push(Tensor::cat(row_output, 0).unsqueeze::<3>());
+        }
+        Forward {
+            output: Tensor::cat(outputs, 0).into(),
+            extra: vec![Tensor::cat(norms, 0).max().into()],
+            saved: Saved { z, v, w0, last },
+        }
+    }
+
+    /// Walking back over the chunks of a document, with W the weight a chunk read and G the sum of
+    /// dOᵀZ over the later chunks: dZ = dO W + η V G, dV = η Z Gᵀ, and S −= VᵀZ before a chunk
+    /// that was added is differentiated.
+    fn backward(self, saved: Saved, grad: Value, _: [bool; 3]) -> [Option<Value>; 3] {
+        let Saved { z, v, w0, mut last } = saved;
+        let dy = grad.tensor::<3>();
+        let (lr, dtype) = (self.spec.lr, z.dtype());
+        let (mut dzs, mut dvs) = (vec![], vec![]);
+        for row in 0..z.dims()[0] {
+            let mut state = last[row].take();
+            let mut later: Option<Tensor<2>> = None; // G
+            let (mut row_dz, mut row_dv) = (vec![], vec![]);
+            for piece in self.pieces(row).into_iter().rev() {
+                let tz = take(&z, row, piece.range.clone());
+                let tv = take(&v, row, piece.range.clone());
+                let tdy = take(&dy, row, piece.range.clone());
+                if piece.write == Write::Add {
+                    let delta = outer_update(tv.clone(), tz.clone(), None);
+                    state = state.map(|sum| sum - delta);
+                }
+                if piece.reads && state.is_none() {
+                    // An earlier document of the row: its state was not kept, so sum it again.
+                    let written = piece.document_start..piece.range.start;
+                    let (v, z) = (take(&v, row, written.clone()), take(&z, row, written));
+                    state = Some(outer_update(v, z, None));
+                }
+                let read = state.as_ref().filter(|_| piece.reads);
+                let weight = cast(effective_weight(&w0, read, lr), dtype);
+                let mut dz = tdy.clone().matmul(weight);
+                let mut dv = tv.zeros_like();
+                if let (true, Some(g)) = (piece.write != Write::Nothing, &later) {
+                    let g = cast(g.clone(), dtype);
+                    dz = dz + tv.matmul(g.clone()).mul_scalar(lr);
+                    dv = tz.clone().matmul(g.transpose()).mul_scalar(lr);
+                }
+                row_dz.push(dz);
+                row_dv.push(dv);
+                let continues = piece.write == Write::Add;
+                later = piece.reads.then(|| {
+                    let own = outer_update(tdy, tz, None);
+                    match later.filter(|_| continues) {
+                        Some(sum) => sum + own,
+                        None => own,
+                    }
+                });
+                if !piece.reads {
+                    state = None;
+                }
+            }
+            let join = |mut parts: Vec<Tensor<2>>| {
+                parts.reverse();
+                Tensor::cat(parts, 0).unsqueeze::<3>()
+            };
+            dzs.push(join(row_dz));
+            dvs.push(join(row_dv));
+        }
+        let flat = |t: Tensor<3>| -> Tensor<2> {
+            let [rows, tokens, width] = t.dims();
+            t.reshape([rows * tokens, width])
+        };
+        let dw0 = cast(outer_update(flat(dy), flat(z), None), w0.dtype());
+        [
+            Some(Tensor::cat(dzs, 0).into()),
+            Some(Tensor::cat(dvs, 0).into()),
+            Some(dw0.into()),
+        ]
+    }
+}

@@ -1,0 +1,48 @@
+//! One decoder block.
+
+use burn::tensor::Tensor;
+use ttt_kernels::rms_norm;
+
+use crate::attention::Attention;
+use crate::config::ModelConfig;
+use crate::mlp::{Mlp, MlpOutput};
+use crate::model::Batch;
+use crate::params::Params;
+
+/// x + attention(norm(x)), then x + mlp(norm(x)).
+#[derive(Clone, Debug)]
+pub struct Block {
+    pub(crate) input_layernorm: Tensor<1>,
+    pub(crate) self_attn: Attention,
+    pub(crate) post_attention_layernorm: Tensor<1>,
+    pub(crate) mlp: Mlp,
+    pub(crate) eps: f64,
+}
+
+impl Block {
+    /// Block `layer` with the parameters of its unit.
+    pub fn new(config: &ModelConfig, layer: usize, params: &Params) -> Self {
+        Self {
+            input_layernorm: params.expect("input_layernorm.weight"),
+            self_attn: Attention::new(config, layer, params),
+            post_attention_layernorm: params.expect("post_attention_layernorm.weight"),
+            mlp: Mlp::new(config, layer, params),
+            eps: config.rms_norm_eps,
+        }
+    }
+
+    /// x, embeddings: `[B, N, D]` → `[B, N, D]`.
+    pub fn forward(&self, x: Tensor<3>, embeddings: Tensor<3>, batch: &Batch) -> MlpOutput {
+        let normed = rms_norm(x.clone(), self.input_layernorm.clone(), self.eps);
+        let qkv = self.self_attn.project(normed, &batch.rope);
+        let x = x + self.self_attn.attend(qkv, 0, Some(batch.packing.clone()));
+        let normed = rms_norm(x.clone(), self.post_attention_layernorm.clone(), self.eps);
+        let mlp = self
+            .mlp
+            .forward(normed, embeddings, &batch.packing, batch.clip);
+        MlpOutput {
+            output: x + mlp.output,
+            ..mlp
+        }
+    }
+}

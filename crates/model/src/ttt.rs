@@ -1,0 +1,94 @@
+//! The target side of an In-Place TTT layer: what the fast weight learns to predict.
+
+use burn::tensor::Tensor;
+use ttt_kernels::dtype::cast;
+use ttt_kernels::ttt::{ScanSpec, chunk_conv, fast_weight_scan, shift_targets};
+use ttt_kernels::{Packing, linear};
+
+use crate::config::{ModelConfig, Target, TttConfig};
+use crate::params::Params;
+
+/// The learned parts of a TTT layer beside its MLP.
+#[derive(Clone, Debug)]
+pub struct Ttt {
+    config: TttConfig,
+    /// Taps of the convolution: `[D, 1, K]`; none for `next_token`.
+    conv: Option<Tensor<3>>,
+    /// W_t: `[D, D]`, applied untransposed, as the release does.
+    projection: Option<Tensor<2>>,
+}
+
+/// What [`Ttt::down`] returns.
+#[derive(Debug)]
+pub struct TttOutput {
+    /// `[B, N, D]`
+    pub output: Tensor<3>,
+    /// ‖η S‖_F / ‖W_0‖_F for the largest final state of a document, f32 `[1]`.
+    pub state_ratio: Tensor<1>,
+}
+
+impl Ttt {
+    /// The TTT part of a learning layer.
+    pub fn new(config: &ModelConfig, params: &Params) -> Self {
+        Self {
+            config: config.ttt.clone(),
+            conv: params.get("mlp.ttt_conv.weight"),
+            projection: params.get("mlp.ttt_proj.weight"),
+        }
+    }
+
+    /// The layer's settings.
+    pub fn config(&self) -> &TttConfig {
+        &self.config
+    }
+
+    /// Where targets come from: embeddings or the MLP's input x, both `[B, N, D]`.
+    pub fn source(&self, x: Tensor<3>, embeddings: Tensor<3>) -> Tensor<3> {
+        match self.config.target {
+            Target::Hidden => x,
+            Target::Embedding | Target::NextToken => embeddings,
+        }
+    }
+
+    /// V = conv(source) W_t: `[B, N, D]` → `[B, N, D]`.
+    pub fn targets(&self, source: Tensor<3>, packing: &Packing) -> Tensor<3> {
+        let chunk = self.config.chunk;
+        let mixed = match &self.conv {
+            Some(weight) => chunk_conv(source, weight.clone(), packing, chunk),
+            None => shift_targets(source, packing, chunk),
+        };
+        match &self.projection {
+            // linear() computes x Wᵀ; W_t is used untransposed (in-place-ttt, section 1).
+            Some(weight) => linear(mixed, weight.clone().transpose()),
+            None => mixed,
+        }
+    }
+
+    /// The down projection with fast weights: z `[B, N, F]`, source `[B, N, D]`, w0 `[D, F]`.
+    pub fn down(
+        &self,
+        z: Tensor<3>,
+        source: Tensor<3>,
+        w0: Tensor<2>,
+        packing: &Packing,
+        clip: Option<f64>,
+    ) -> TttOutput {
+        let v = self.targets(source, packing);
+        let spec = ScanSpec {
+            lr: self.config.lr,
+            chunk: self.config.chunk,
+            clip,
+            packing: packing.clone(),
+        };
+        let norm = cast(w0.clone().inner(), burn::tensor::DType::F32)
+            .square()
+            .sum()
+            .sqrt();
+        let scan = fast_weight_scan(z, v, w0, spec);
+        let state = cast(scan.state_norm, burn::tensor::DType::F32);
+        TttOutput {
+            output: scan.output,
+            state_ratio: state.mul_scalar(self.config.lr) / norm,
+        }
+    }
+}
