@@ -1,5 +1,6 @@
 //! One file per operation: contract, reference form, backward.
 
+pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;

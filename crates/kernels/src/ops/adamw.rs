@@ -1,0 +1,215 @@
+//! AdamW over flat f32 buffers, and the sum of squares that its clipping needs.
+//!
+//! n: elements of a buffer.
+
+use std::ops::Range;
+
+use burn::tensor::{Bool, Tensor};
+
+/// What stays the same over a run (Loshchilov and Hutter, "Decoupled weight decay regularization").
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root of the corrected second moment.
+    pub eps: f64,
+    /// Share of a decaying weight that lr = 1 would take away.
+    pub weight_decay: f64,
+}
+
+/// Running means of the gradient and of its square: `[n]` f32 each.
+#[derive(Clone, Debug)]
+pub struct Moments {
+    /// E\[g\]
+    pub first: Tensor<1>,
+    /// E\[g²\]
+    pub second: Tensor<1>,
+}
+
+/// One step: master, grad `[n]` f32 → the new master and moments.
+///
+/// With g = `scale` · grad and t = `step` (from 1):
+/// m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g²,
+/// w ← w (1 − lr λ on `decayed`) − lr · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + eps).
+///
+/// `scale` and `keep` are `[1]` f32 on the device, so that clipping and skipping need no answer from
+/// it. Where `keep` is 0 nothing changes, whatever the gradient holds (NaN included).
+///
+/// # Panics
+/// If `step` is 0 or `decayed` reaches past n.
+#[allow(clippy::too_many_arguments)] // the operands of one formula
+pub fn adamw_step(
+    master: Tensor<1>,
+    moments: Moments,
+    grad: Tensor<1>,
+    decayed: Range<usize>,
+    lr: f64,
+    step: u64,
+    scale: Tensor<1>,
+    keep: Tensor<1>,
+    hyper: &AdamW,
+) -> (Tensor<1>, Moments) {
+    assert!(step > 0, "steps count from 1");
+    assert!(
+        decayed.end <= master.dims()[0] || decayed.is_empty(),
+        "decaying elements {decayed:?} of {}",
+        master.dims()[0]
+    );
+    let AdamW {
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+    } = *hyper;
+    let shape = master.dims();
+    // A select, not a product: 0 · NaN is NaN.
+    let skipped: Tensor<1, Bool> = keep.equal_scalar(0.0).expand(shape);
+    let or_old = |new: Tensor<1>, old: Tensor<1>| new.mask_where(skipped.clone(), old);
+
+    let g = grad * scale.expand(shape);
+    let first = moments.first.clone() * beta1 + g.clone() * (1.0 - beta1);
+    let second = moments.second.clone() * beta2 + g.square() * (1.0 - beta2);
+    let root = (second.clone() / (1.0 - power(beta2, step))).sqrt() + eps;
+    let update = first.clone() / (1.0 - power(beta1, step)) / root;
+    let mut shrunk = master.clone();
+    if !decayed.is_empty() && weight_decay != 0.0 {
+        let part = shrunk.clone().slice([decayed.clone()]) * (1.0 - lr * weight_decay);
+        shrunk = shrunk.slice_assign([decayed], part);
+    }
+    let stepped = shrunk - update * lr;
+    (
+        or_old(stepped, master),
+        Moments {
+            first: or_old(first, moments.first),
+            second: or_old(second, moments.second),
+        },
+    )
+}
+
+/// Σ grad²: `[n]` f32 → `[1]` f32. Infinite or NaN if the gradient holds either.
+pub fn square_sum(grad: Tensor<1>) -> Tensor<1> {
+    grad.square().sum()
+}
+
+/// βᵗ for any t that fits the counter.
+fn power(beta: f64, step: u64) -> f64 {
+    beta.powf(step as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{normal, relative_error_of, values};
+    use burn::tensor::{DType, Device, TensorData};
+
+    const HYPER: AdamW = AdamW {
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+    };
+
+    fn scalar(value: f32) -> Tensor<1> {
+        Tensor::from_data(TensorData::new(vec![value], [1]), &Device::flex())
+    }
+
+    fn random(seed: u64) -> Tensor<1> {
+        normal([37], 1.0, seed, &Device::flex(), DType::F32)
+    }
+
+    fn start() -> (Tensor<1>, Moments) {
+        let zeros = || random(0).zeros_like();
+        let moments = Moments {
+            first: zeros(),
+            second: zeros(),
+        };
+        (random(1), moments)
+    }
+
+    /// The textbook loop in f64, element by element.
+    #[test]
+    fn agrees_with_the_scalar_formula() {
+        let (mut master, mut moments) = start();
+        let mut w = values(&master);
+        let (mut m, mut v) = (vec![0.0; w.len()], vec![0.0; w.len()]);
+        for step in 1..=5 {
+            let grad = random(10 + step);
+            let lr = 1e-2 / step as f64;
+            for (i, g) in values(&grad).into_iter().enumerate() {
+                let g = 0.5 * g;
+                m[i] = 0.9 * m[i] + 0.1 * g;
+                v[i] = 0.95 * v[i] + 0.05 * g * g;
+                if (4..20).contains(&i) {
+                    w[i] -= lr * 0.1 * w[i];
+                }
+                let (mean, square) = (
+                    m[i] / (1.0 - 0.9f64.powi(step as i32)),
+                    v[i] / (1.0 - 0.95f64.powi(step as i32)),
+                );
+                w[i] -= lr * mean / (square.sqrt() + 1e-8);
+            }
+            (master, moments) = adamw_step(
+                master,
+                moments,
+                grad,
+                4..20,
+                lr,
+                step,
+                scalar(0.5),
+                scalar(1.0),
+                &HYPER,
+            );
+        }
+        // Five steps of f32 arithmetic: a few units of 2⁻²⁴ each.
+        assert!(relative_error_of(&values(&master), &w) < 1e-6);
+        assert!(relative_error_of(&values(&moments.first), &m) < 1e-6);
+        assert!(relative_error_of(&values(&moments.second), &v) < 1e-6);
+    }
+
+    #[test]
+    fn a_skipped_step_leaves_everything_even_with_nan() {
+        let (master, moments) = start();
+        let moments = Moments {
+            first: random(3),
+            second: random(4).square(),
+        };
+        let before = [&master, &moments.first, &moments.second].map(values);
+        let grad = random(2) * f32::NAN;
+        let (kept, state) = adamw_step(
+            master.clone(),
+            moments.clone(),
+            grad,
+            0..37,
+            1e-2,
+            3,
+            scalar(0.0),
+            scalar(0.0),
+            &HYPER,
+        );
+        assert_eq!(before, [&kept, &state.first, &state.second].map(values));
+        // Control: the same step with a sound gradient and keep = 1 moves the weights.
+        let (moved, _) = adamw_step(
+            master,
+            moments,
+            random(2),
+            0..37,
+            1e-2,
+            3,
+            scalar(1.0),
+            scalar(1.0),
+            &HYPER,
+        );
+        assert_ne!(before[0], values(&moved));
+    }
+
+    #[test]
+    fn square_sum_is_a_sum_of_squares_and_shows_nan() {
+        let grad = random(5);
+        let expected: f64 = values(&grad).iter().map(|g| g * g).sum();
+        let sum = values(&square_sum(grad.clone()))[0];
+        assert!((sum / expected - 1.0).abs() < 1e-5);
+        assert!(values(&square_sum(grad * f32::NAN))[0].is_nan());
+    }
+}
