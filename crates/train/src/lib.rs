@@ -1,1 +1,25 @@
-//! placeholder
+//! The training program and what it is made of.
+//!
+//! Read [`run`] first: it is the program, from top to bottom. It calls [`step`] for one forward and
+//! backward pass and [`optimizer`] for the update; [`units`] holds what is trained.
+
+pub mod checkpoint;
+pub mod config;
+pub mod data;
+pub mod device;
+pub mod error;
+pub mod evaluate;
+pub mod generate;
+pub mod human;
+pub mod init;
+pub mod metrics;
+pub mod optimizer;
+pub mod plan;
+pub mod progress;
+pub mod run;
+pub mod schedule;
+pub mod signals;
+pub mod step;
+pub mod units;
+
+pub use error::TrainError;

@@ -1,0 +1,88 @@
+//! Everything that can go wrong in a run, as sentences.
+
+use std::path::{Path, PathBuf};
+
+use ttt_data::DataError;
+use ttt_kernels::packing::PackingError;
+use ttt_parallel::CommError;
+use ttt_weights::WeightsError;
+
+use crate::config::ConfigError;
+
+/// Why a run ended early or could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Data, shards or tokenizer.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// A document layout that no row can have.
+    #[error(transparent)]
+    Packing(#[from] PackingError),
+    /// A rank was lost.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// Weights could not be read or written.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// A file could not be read or written.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A checkpoint that this run cannot use.
+    #[error("checkpoint {}: {problem}", path.display())]
+    Checkpoint {
+        /// Its folder.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// The device asked for is not there.
+    #[error("device \"{device}\": {problem}")]
+    Device {
+        /// As in `run.device`.
+        device: &'static str,
+        /// What is missing and what to do.
+        problem: String,
+    },
+    /// A gradient was not finite or spiked, and the policy is to stop.
+    #[error(
+        "step {step}: the gradient norm is {grad_norm}, which `train.on_bad_gradient = \"abort\"` stops at; the weights are those of the step before"
+    )]
+    BadGradient {
+        /// The step, from 0.
+        step: u64,
+        /// Its gradient norm.
+        grad_norm: f64,
+    },
+    /// The device failed while running.
+    #[error("the device failed: {0}")]
+    Execution(String),
+}
+
+impl TrainError {
+    /// An error of the file system.
+    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io {
+            action,
+            path: path.to_path_buf(),
+            source,
+        }
+    }
+
+    /// A checkpoint that cannot be used.
+    pub fn checkpoint(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Checkpoint {
+            path: path.to_path_buf(),
+            problem: problem.into(),
+        }
+    }
+}

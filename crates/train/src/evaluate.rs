@@ -1,0 +1,95 @@
+//! Validation loss, overall and by position in the row.
+
+use ttt_data::Dataset;
+use ttt_parallel::Mesh;
+
+use std::sync::Arc;
+
+use crate::device::read;
+use crate::error::TrainError;
+use crate::step::{MicroBatch, Model};
+
+/// Losses over validation rows, nats per token.
+#[derive(Clone, Debug)]
+pub struct Evaluation {
+    /// Mean over all labelled tokens.
+    pub loss: f64,
+    /// Labelled tokens.
+    pub tokens: u64,
+    /// Mean by position: ranges that double, `[0, first)`, `[first, 2 first)`, ...
+    pub by_position: Vec<PositionLoss>,
+}
+
+/// The mean loss of the tokens at some positions.
+#[derive(Clone, Debug)]
+pub struct PositionLoss {
+    /// First position.
+    pub from: usize,
+    /// Position after the last.
+    pub to: usize,
+    /// Nats per token; NaN if none is labelled.
+    pub loss: f64,
+    /// Labelled tokens.
+    pub tokens: u64,
+}
+
+/// Where the first bucket of positions ends.
+const FIRST_BUCKET: usize = 512;
+
+/// Evaluates the first `rows` validation rows (all, if there are fewer) of `length` tokens.
+///
+/// Rows are read in stored order, so that two runs see the same.
+///
+/// # Errors
+/// If the split holds no row, a row cannot be read, or the device fails.
+pub fn evaluate(
+    model: &mut Model,
+    dataset: &Arc<Dataset>,
+    length: usize,
+    rows: usize,
+    rows_at_once: usize,
+    mesh: &Mesh,
+) -> Result<Evaluation, TrainError> {
+    let all = dataset.sequential(length)?;
+    let rows = (rows as u64).min(all.len());
+    let mut sums = vec![(0.0, 0u64); length];
+    let mut row = 0;
+    while row < rows {
+        let end = rows.min(row + rows_at_once as u64);
+        let batch = (row..end)
+            .map(|i| all.row(i))
+            .collect::<Result<Vec<_>, _>>()?;
+        let losses = read(&model.token_losses(&MicroBatch::new(&batch, &model.device)?, mesh)?)?;
+        for (row, losses) in batch.iter().zip(losses.chunks(length)) {
+            for ((sum, label), loss) in sums.iter_mut().zip(&row.labels).zip(losses) {
+                if *label != ttt_data::IGNORE {
+                    *sum = (sum.0 + loss, sum.1 + 1);
+                }
+            }
+        }
+        row = end;
+    }
+    let total = |range: &[(f64, u64)]| {
+        range
+            .iter()
+            .fold((0.0, 0), |(a, n), (loss, count)| (a + loss, n + count))
+    };
+    let (sum, tokens) = total(&sums);
+    let mut by_position = vec![];
+    let (mut from, mut to) = (0, FIRST_BUCKET.min(length));
+    while from < length {
+        let (sum, tokens) = total(&sums[from..to]);
+        by_position.push(PositionLoss {
+            from,
+            to,
+            loss: sum / tokens as f64,
+            tokens,
+        });
+        (from, to) = (to, (2 * to).min(length));
+    }
+    Ok(Evaluation {
+        loss: sum / tokens as f64,
+        tokens,
+        by_position,
+    })
+}

@@ -1,0 +1,152 @@
+//! The update: global-norm clipping, the policy on bad gradients, AdamW.
+//!
+//! Everything that decides about an update is a scalar on the device, so that the host never waits
+//! for it: a bad step leaves weights and moments as they were, and the host hears of it when it
+//! reads the metrics.
+
+use burn::tensor::{DType, Device, Tensor};
+use ttt_kernels::ops::adamw::{AdamW, adamw_step, square_sum};
+use ttt_parallel::{CommError, Mesh};
+
+use crate::config::{OnBadGradient, OptimizerConfig};
+use crate::units::UnitState;
+
+/// How quickly the running gradient norm follows: the weight of the newest.
+const NORM_FOLLOW: f64 = 0.05;
+
+/// Steps before a spike can be told from the beginning of a run.
+const SPIKE_WARMUP: u64 = 50;
+
+/// Decides about updates and makes them.
+#[derive(Debug)]
+pub struct Updater {
+    hyper: AdamW,
+    grad_clip: f64,
+    on_bad: OnBadGradient,
+    spike_factor: Option<f64>,
+    /// Running mean of the gradient norm over good steps: `[1]` f32; 0 before the first.
+    pub mean_norm: Tensor<1>,
+    /// 1, or 0 for ever once a step was bad under `abort`: `[1]` f32.
+    running: Tensor<1>,
+}
+
+/// What an update did, not yet read from the device.
+#[derive(Debug)]
+pub struct UpdateOutput {
+    /// The gradient's norm before clipping: `[1]` f32.
+    pub grad_norm: Tensor<1>,
+    /// 1 if weights were changed, 0 if the step was bad: `[1]` f32.
+    pub applied: Tensor<1>,
+}
+
+impl Updater {
+    /// An updater whose running norm is `mean_norm` (0 for a new run).
+    pub fn new(
+        config: &OptimizerConfig,
+        on_bad: OnBadGradient,
+        spike_factor: Option<f64>,
+        mean_norm: f32,
+        device: &Device,
+    ) -> Self {
+        Self {
+            hyper: AdamW {
+                beta1: config.beta1,
+                beta2: config.beta2,
+                eps: config.eps,
+                weight_decay: config.weight_decay,
+            },
+            grad_clip: config.grad_clip,
+            on_bad,
+            spike_factor,
+            mean_norm: scalar(f64::from(mean_norm), device),
+            running: scalar(1.0, device),
+        }
+    }
+
+    /// Updates all units from their gradients and forgets these. `normalizer` `[1]` multiplies
+    /// every gradient; `step` counts from 0.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub fn update(
+        &mut self,
+        units: &mut [UnitState],
+        normalizer: Tensor<1>,
+        lr: f64,
+        step: u64,
+        mesh: &Mesh,
+    ) -> Result<UpdateOutput, CommError> {
+        let mut gradients = vec![];
+        for unit in units.iter_mut() {
+            gradients.push(unit.take_gradient(mesh)?);
+        }
+        let squares = gradients.iter().map(|gradient| square_sum(gradient.clone()));
+        let squares = squares.reduce(|a, b| a + b).expect("a model has units");
+        let squares = mesh.shard.all_reduce_sum(squares)?;
+        let grad_norm = squares.sqrt() * normalizer.clone();
+
+        let good = self.judge(&grad_norm, step);
+        // A bad norm may be NaN: it must not reach the running mean or the clip factor.
+        let finite = grad_norm.clone().mask_fill(good.clone().equal_scalar(0.0), 0.0);
+        let clip = match self.grad_clip > 0.0 {
+            true => finite
+                .clone()
+                .add_scalar(1e-6)
+                .recip()
+                .mul_scalar(self.grad_clip)
+                .clamp_max(1.0),
+            false => finite.ones_like(),
+        };
+        let scale = clip * normalizer * good.clone();
+        for (unit, gradient) in units.iter_mut().zip(gradients) {
+            let decayed = unit.layout.decayed(mesh.shard.rank());
+            let (master, moments) = adamw_step(
+                unit.master.clone(),
+                unit.moments.clone(),
+                gradient,
+                decayed,
+                lr,
+                step + 1,
+                scale.clone(),
+                good.clone(),
+                &self.hyper,
+            );
+            unit.update(master, moments);
+        }
+        self.follow(finite, &good);
+        Ok(UpdateOutput {
+            grad_norm,
+            applied: good,
+        })
+    }
+
+    /// 1 if a gradient of this norm may be used, else 0: `[1]`.
+    fn judge(&mut self, grad_norm: &Tensor<1>, step: u64) -> Tensor<1> {
+        let mut good = grad_norm.clone().is_finite();
+        if let Some(factor) = self.spike_factor
+            && step >= SPIKE_WARMUP
+        {
+            let limit = self.mean_norm.clone().mul_scalar(factor);
+            good = good.bool_and(grad_norm.clone().lower_equal(limit));
+        }
+        let good = good.float().cast(burn::tensor::FloatDType::F32) * self.running.clone();
+        if self.on_bad == OnBadGradient::Abort {
+            self.running = good.clone();
+        }
+        good
+    }
+
+    /// mean ← mean + follow · (norm − mean) on good steps; the first good norm is taken whole.
+    fn follow(&mut self, norm: Tensor<1>, good: &Tensor<1>) {
+        let first = self.mean_norm.clone().equal_scalar(0.0);
+        let start = self.mean_norm.clone().mask_where(first, norm.clone());
+        let moved = start.clone() + (norm - start).mul_scalar(NORM_FOLLOW);
+        let keep = good.clone().equal_scalar(0.0);
+        self.mean_norm = moved.mask_where(keep, self.mean_norm.clone());
+    }
+}
+
+/// `value` on the device: `[1]` f32.
+pub fn scalar(value: f64, device: &Device) -> Tensor<1> {
+    Tensor::full([1], value, (device, DType::F32))
+}

@@ -1,0 +1,343 @@
+//! The training program, from top to bottom.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use burn::tensor::Tensor;
+use ttt_model::Unit;
+use ttt_model::decode::Decoder;
+use ttt_parallel::Mesh;
+
+use crate::checkpoint::{self, Checkpoint};
+use crate::config::{Config, DeviceKind, OnBadGradient};
+use crate::data::Data;
+use crate::device::{self, read_scalar};
+use crate::error::TrainError;
+use crate::evaluate::evaluate;
+use crate::generate::{Sampling, continue_text};
+use crate::init::initial_values;
+use crate::metrics::{self, EvalMetrics, MetricsWriter, StepMetrics};
+use crate::optimizer::{UpdateOutput, Updater, scalar};
+use crate::plan::Plan;
+use crate::progress::Progress;
+use crate::schedule::learning_rate;
+use crate::signals::Signals;
+use crate::step::{MicroBatch, Model};
+use crate::units::UnitState;
+
+/// Where a run begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// At the run's newest checkpoint, if it has one.
+    Auto,
+    /// At this checkpoint.
+    From(PathBuf),
+    /// At step 0, in a folder without checkpoints.
+    Never,
+}
+
+/// Trains the model that `config` describes until `train.steps`, or a signal.
+///
+/// # Errors
+/// With a sentence that says what was wrong and what to do.
+pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
+    // ---- where and with whom -----------------------------------------------------------------
+    let signals = Signals::install().map_err(TrainError::io("listen for", "signals".as_ref()))?;
+    let mesh = Mesh::single();
+    let device = device::open(config.run.device)?;
+    let compute = device::compute_dtype(config.run.device, config.train.compute);
+    let run_dir = &config.run.dir;
+    std::fs::create_dir_all(run_dir).map_err(TrainError::io("create", run_dir))?;
+
+    // ---- data ----------------------------------------------------------------------------------
+    let data = Data::prepare(config)?;
+    let fingerprint = data.sampler.fingerprint();
+
+    // ---- model, new or where it was left --------------------------------------------------------
+    let plan = Plan::new(config);
+    println!("{plan}");
+    let start = find_start(config, resume, &fingerprint)?;
+    let units = match &start {
+        Some(checkpoint) => checkpoint.load(&config.model, &mesh, &device)?,
+        None => new_units(config, &mesh, &device),
+    };
+    let mut at = match &start {
+        Some(checkpoint) => checkpoint.progress.clone(),
+        None => checkpoint::Progress {
+            step: 0,
+            tokens: 0,
+            mean_grad_norm: 0.0,
+            data_fingerprint: fingerprint,
+        },
+    };
+    let mut model = Model {
+        config: config.model.clone(),
+        units,
+        compute,
+        device: device.clone(),
+    };
+    let mut updater = Updater::new(
+        &config.optimizer,
+        config.train.on_bad_gradient,
+        config.train.spike_factor,
+        at.mean_grad_norm,
+        &device,
+    );
+
+    // ---- what is told ------------------------------------------------------------------------
+    let mut report = Report {
+        metrics: MetricsWriter::open(run_dir, at.step)?,
+        progress: Progress::new(config.train.steps, at.step),
+        peak_flops: metrics::peak_flops(config.run.device),
+        plan,
+        device: config.run.device,
+        on_bad: config.train.on_bad_gradient,
+        log_every: config.train.log_every,
+        begun: Instant::now(),
+        last_read: Instant::now(),
+        waiting: None,
+    };
+    if let Some(checkpoint) = &start {
+        let path = checkpoint.path().display();
+        report
+            .progress
+            .note(&format!("resumed from {path} at step {}", at.step));
+    }
+    let save = |model: &Model, updater: &Updater, at: &mut checkpoint::Progress| {
+        at.mean_grad_norm = read_scalar(&updater.mean_norm)? as f32;
+        checkpoint::save(config, &model.units, at, &data.tokenizer_path, &mesh)
+    };
+
+    // ---- steps ---------------------------------------------------------------------------------
+    let mut loader = data.loader(at.step, &mesh)?;
+    let steps = config.train.steps;
+    let tokens_per_step = config.train.batch_tokens as u64;
+    let nominal = 1.0 / config.train.batch_tokens as f64;
+    while at.step < steps {
+        let step = at.step;
+
+        // Forward and backward, a few rows at a time. The gradient is that of the loss summed over
+        // all ranks' labelled tokens, scaled by a nominal token count until the true one is known.
+        let rows = loader.next_batch()?.rows;
+        let mut loss = scalar(0.0, &device);
+        let mut labelled = 0;
+        let mut state_ratios: BTreeMap<usize, Tensor<1>> = BTreeMap::new();
+        for rows in rows.chunks(config.train.micro_batch_rows) {
+            if let Some(signal) = signals.received() {
+                // The gradient in progress is dropped: the checkpoint is the state before this step.
+                report.flush()?;
+                let path = save(&model, &updater, &mut at)?;
+                report
+                    .progress
+                    .note(&format!("{signal}: saved {}", path.display()));
+                report.progress.finish();
+                return Ok(());
+            }
+            let micro = MicroBatch::new(rows, &device)?;
+            let pass = model.accumulate(&micro, nominal, config.train.activations, &mesh)?;
+            loss = loss + pass.loss;
+            labelled += micro.labelled;
+            for (layer, ratio) in pass.state_ratios {
+                let seen = state_ratios.remove(&layer);
+                let larger = seen.map_or(ratio.clone(), |seen| seen.max_pair(ratio));
+                state_ratios.insert(layer, larger);
+            }
+        }
+
+        // Update.
+        let labelled = mesh.all_reduce_sum(scalar(labelled as f64 * nominal, &device))?;
+        let normalizer = labelled.recip();
+        let loss = mesh.all_reduce_sum(loss)? * normalizer.clone();
+        let lr = learning_rate(&config.optimizer, step, steps);
+        let update = updater.update(&mut model.units, normalizer, lr, step, &mesh)?;
+        at.step += 1;
+        at.tokens += tokens_per_step;
+
+        // Report the step before, which the device has finished by now.
+        report.step(Launched {
+            step,
+            tokens: at.tokens,
+            tokens_per_step,
+            lr,
+            loss,
+            update,
+            state_ratios,
+        })?;
+
+        // Evaluate and save.
+        let last = at.step == steps;
+        if let Some(validation) = &data.validation
+            && (last || at.step.is_multiple_of(config.eval.every))
+        {
+            report.flush()?;
+            let length = config.train.sequence_length;
+            let (rows, at_once) = (config.eval.rows, config.train.micro_batch_rows);
+            let result = evaluate(&mut model, validation, length, rows, at_once, &mesh)?;
+            report.evaluation(at.step, result.loss, result.tokens)?;
+        }
+        let due = config.checkpoint.every > 0 && at.step.is_multiple_of(config.checkpoint.every);
+        if due || (last && config.checkpoint.at_end) {
+            report.flush()?;
+            let path = save(&model, &updater, &mut at)?;
+            report.progress.note(&format!("saved {}", path.display()));
+        }
+    }
+    report.flush()?;
+
+    // ---- a sample -------------------------------------------------------------------------------
+    if let Some(prompt) = &config.eval.sample_prompt {
+        let units = Unit::all(&config.model)
+            .into_iter()
+            .map(|unit| model.params(unit, &mesh));
+        let units = units.collect::<Result<Vec<_>, _>>()?;
+        let decoder = Decoder::new(&config.model, units, compute, &device);
+        let sampling = Sampling {
+            temperature: 0.8,
+            top_k: None,
+            top_p: Some(0.95),
+            seed: config.run.seed,
+        };
+        let tokens = config.eval.sample_tokens;
+        let text = continue_text(&decoder, &data.tokenizer, prompt, tokens, sampling)?;
+        report.progress.note(&format!("sample: {prompt}{text}"));
+    }
+    report.progress.finish();
+    Ok(())
+}
+
+/// The checkpoint to begin at; `None` begins anew.
+fn find_start(
+    config: &Config,
+    resume: &Resume,
+    fingerprint: &str,
+) -> Result<Option<Checkpoint>, TrainError> {
+    let run_dir = &config.run.dir;
+    let found = match resume {
+        Resume::Auto => Checkpoint::newest(run_dir)?,
+        Resume::From(path) => Some(Checkpoint::open(path)?),
+        Resume::Never => {
+            if let Some(path) = checkpoint::list(run_dir)?.last() {
+                return Err(TrainError::checkpoint(
+                    path,
+                    "is in the way of a new run: use --resume auto, name another run.dir, or remove it",
+                ));
+            }
+            None
+        }
+    };
+    if let Some(checkpoint) = &found {
+        checkpoint.check(config, fingerprint)?;
+    }
+    Ok(found)
+}
+
+/// Initial weights of every unit.
+fn new_units(config: &Config, mesh: &Mesh, device: &burn::tensor::Device) -> Vec<UnitState> {
+    let units = Unit::all(&config.model).into_iter();
+    units
+        .map(|unit| {
+            let values = |spec: &ttt_model::ParamSpec| {
+                Ok::<_, Infallible>(initial_values(spec, config.run.seed))
+            };
+            match UnitState::new(&config.model, unit, mesh, device, values) {
+                Ok(state) => state,
+                Err(never) => match never {},
+            }
+        })
+        .collect()
+}
+
+/// A step whose results are still on their way from the device.
+struct Launched {
+    step: u64,
+    tokens: u64,
+    tokens_per_step: u64,
+    lr: f64,
+    loss: Tensor<1>,
+    update: UpdateOutput,
+    state_ratios: BTreeMap<usize, Tensor<1>>,
+}
+
+/// Tells how the run goes, one step behind the device so that it never waits.
+struct Report {
+    metrics: MetricsWriter,
+    progress: Progress,
+    plan: Plan,
+    peak_flops: Option<f64>,
+    device: DeviceKind,
+    on_bad: OnBadGradient,
+    log_every: u64,
+    begun: Instant,
+    last_read: Instant,
+    waiting: Option<Launched>,
+}
+
+impl Report {
+    fn step(&mut self, launched: Launched) -> Result<(), TrainError> {
+        let before = self.waiting.replace(launched);
+        before.map_or(Ok(()), |launched| self.read(launched))
+    }
+
+    /// Waits for the last step.
+    fn flush(&mut self) -> Result<(), TrainError> {
+        let last = self.waiting.take();
+        last.map_or(Ok(()), |launched| self.read(launched))
+    }
+
+    fn read(&mut self, launched: Launched) -> Result<(), TrainError> {
+        let loss = read_scalar(&launched.loss)?;
+        let grad_norm = read_scalar(&launched.update.grad_norm)?;
+        let applied = read_scalar(&launched.update.applied)? != 0.0;
+        let mut ttt_state_ratio = BTreeMap::new();
+        for (layer, ratio) in &launched.state_ratios {
+            ttt_state_ratio.insert(*layer, read_scalar(ratio)?);
+        }
+        let now = Instant::now();
+        let seconds = now.duration_since(self.last_read).as_secs_f64();
+        self.last_read = now;
+        let tokens_per_s = launched.tokens_per_step as f64 / seconds;
+        let flops = &self.plan.flops;
+        let share = |flops: f64| self.peak_flops.map(|peak| tokens_per_s * flops / peak);
+        let metrics = StepMetrics {
+            step: launched.step,
+            tokens: launched.tokens,
+            loss,
+            lr: launched.lr,
+            grad_norm,
+            tokens_per_s,
+            mfu: share(flops.training()),
+            mfu_with_ttt: share(flops.training_with_ttt()),
+            skipped: !applied,
+            ttt_state_ratio,
+            memory_gib: metrics::memory_gib(self.device),
+            elapsed_s: self.begun.elapsed().as_secs_f64(),
+        };
+        if launched.step.is_multiple_of(self.log_every) || !applied {
+            self.metrics.step(&metrics)?;
+        }
+        self.progress.step(&metrics);
+        if !applied && self.on_bad == OnBadGradient::Abort {
+            return Err(TrainError::BadGradient {
+                step: launched.step,
+                grad_norm,
+            });
+        }
+        Ok(())
+    }
+
+    fn evaluation(&mut self, step: u64, loss: f64, tokens: u64) -> Result<(), TrainError> {
+        self.metrics.evaluation(&EvalMetrics {
+            step,
+            validation_loss: loss,
+            tokens,
+        })?;
+        self.progress.note(&format!(
+            "step {step}: validation loss {loss:.4} over {tokens} tokens"
+        ));
+        // What an evaluation takes is not the next step's time.
+        self.last_read = Instant::now();
+        Ok(())
+    }
+}

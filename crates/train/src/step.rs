@@ -1,0 +1,276 @@
+//! One forward and backward pass, block by block.
+//!
+//! Every block runs on a small autodiff graph of its own, from a leaf that holds the block's input.
+//! In the backward pass the graph of block l is continued from block l + 1's input gradient. With
+//! `activations = "keep"` the graphs of all blocks wait; with `"recompute"` only the inputs do, and
+//! a block's forward runs again when its turn comes. The same seam is where parameters are
+//! gathered and gradients are scattered.
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use ttt_data::{IGNORE, Row};
+use ttt_kernels::{Packing, backward_from};
+use ttt_model::{Batch, Block, Embedding, Head, ModelConfig, Params, Target, Unit};
+use ttt_parallel::{CommError, Mesh};
+
+use crate::config::Activations;
+use crate::error::TrainError;
+use crate::units::UnitState;
+
+/// The model being trained and where it runs.
+#[derive(Debug)]
+pub struct Model {
+    /// The architecture.
+    pub config: ModelConfig,
+    /// Embedding, blocks, head.
+    pub units: Vec<UnitState>,
+    /// Precision of activations and products.
+    pub compute: DType,
+    /// The plain device, without autodiff.
+    pub device: Device,
+}
+
+/// Rows on the device.
+#[derive(Debug)]
+pub struct MicroBatch {
+    /// `[B, N]`
+    ids: Tensor<2, Int>,
+    /// `[B·N]`
+    labels: Tensor<1, Int>,
+    packing: Packing,
+    /// Tokens that have a label.
+    pub labelled: usize,
+}
+
+impl MicroBatch {
+    /// Uploads rows of equal length.
+    ///
+    /// # Errors
+    /// If a row's document starts are impossible.
+    pub fn new(rows: &[Row], device: &Device) -> Result<Self, TrainError> {
+        let length = rows[0].input_ids.len();
+        let ids = rows.iter().flat_map(|row| &row.input_ids);
+        let ids: Vec<i32> = ids.map(|&id| id as i32).collect();
+        let labels: Vec<Option<u32>> = rows
+            .iter()
+            .flat_map(|row| &row.labels)
+            .map(|&label| (label != IGNORE).then_some(label))
+            .collect();
+        let starts = rows.iter().map(|row| {
+            let starts = row.document_starts.iter();
+            starts.map(|&start| start as usize).collect()
+        });
+        Ok(Self {
+            ids: Tensor::from_data(TensorData::new(ids, [rows.len(), length]), device),
+            labelled: labels.iter().flatten().count(),
+            labels: ttt_kernels::ops::cross_entropy::labels(&labels, device),
+            packing: Packing::new(length, starts.collect())?,
+        })
+    }
+}
+
+/// What a pass over one micro-batch returns, not yet read from the device.
+#[derive(Debug)]
+pub struct PassOutput {
+    /// Summed loss times the given scale: `[1]` f32.
+    pub loss: Tensor<1>,
+    /// For each TTT layer, ‖η S‖_F / ‖W_0‖_F: `[1]` f32.
+    pub state_ratios: Vec<(usize, Tensor<1>)>,
+}
+
+/// A block's graph, from its input leaves to its output.
+struct BlockGraph {
+    x: Tensor<3>,
+    embeddings: Tensor<3>,
+    params: Params,
+    output: Tensor<3>,
+    state_ratio: Option<Tensor<1>>,
+}
+
+/// What waits for the backward pass.
+enum Kept {
+    Graph(Box<BlockGraph>),
+    Input(Tensor<3>),
+}
+
+impl Model {
+    /// The units that are not blocks come first and last.
+    fn unit(&mut self, unit: Unit) -> &mut UnitState {
+        let last = self.units.len() - 1;
+        match unit {
+            Unit::Embedding => &mut self.units[0],
+            Unit::Block(layer) => &mut self.units[layer + 1],
+            Unit::Head => &mut self.units[last],
+        }
+    }
+
+    /// The parameters of `unit`, gathered.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub fn params(&mut self, unit: Unit, mesh: &Mesh) -> Result<Params, CommError> {
+        let compute = self.compute;
+        self.unit(unit).params(compute, mesh)
+    }
+
+    /// Adds the gradient of `scale` · summed loss to the units, and returns that loss.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub fn accumulate(
+        &mut self,
+        micro: &MicroBatch,
+        scale: f64,
+        activations: Activations,
+        mesh: &Mesh,
+    ) -> Result<PassOutput, TrainError> {
+        let config = self.config.clone();
+        let batch = Batch::training(&config, micro.packing.clone(), &self.device);
+        let layers = 0..config.num_hidden_layers;
+
+        let embedding_params = self.params(Unit::Embedding, mesh)?.tracked();
+        let embedded = Embedding::new(&embedding_params).forward(micro.ids.clone(), self.compute);
+        let embeddings = embedded.clone().inner();
+
+        let mut x = embeddings.clone();
+        let mut kept = vec![];
+        let mut state_ratios = vec![];
+        for layer in layers.clone() {
+            let params = self.params(Unit::Block(layer), mesh)?;
+            let ratio = match activations {
+                Activations::Keep => {
+                    let graph = block_graph(&config, layer, params, x, &embeddings, &batch);
+                    x = graph.output.clone().inner();
+                    let ratio = graph.state_ratio.clone();
+                    kept.push(Kept::Graph(Box::new(graph)));
+                    ratio
+                }
+                Activations::Recompute => {
+                    kept.push(Kept::Input(x.clone()));
+                    let block = Block::new(&config, layer, &params);
+                    let out = block.forward(x, embeddings.clone(), &batch);
+                    x = out.output;
+                    out.state_ratio
+                }
+            };
+            state_ratios.extend(ratio.map(|ratio| (layer, ratio)));
+        }
+
+        let (loss, mut dx) = self.head_pass(x, micro, scale, mesh)?;
+
+        let mut dembeddings: Option<Tensor<3>> = None;
+        for layer in layers.rev() {
+            let graph = match kept.pop().expect("one entry per block") {
+                Kept::Graph(graph) => *graph,
+                Kept::Input(x) => {
+                    let params = self.params(Unit::Block(layer), mesh)?;
+                    block_graph(&config, layer, params, x, &embeddings, &batch)
+                }
+            };
+            let mut gradients = backward_from(graph.output, dx);
+            self.unit(Unit::Block(layer))
+                .add_gradients(graph.params.gradients(&mut gradients), mesh)?;
+            if let Some(part) = graph.embeddings.grad_remove(&mut gradients) {
+                dembeddings = Some(match dembeddings {
+                    Some(sum) => sum + part,
+                    None => part,
+                });
+            }
+            let reached = graph.x.grad_remove(&mut gradients);
+            dx = reached.expect("a block's input reaches its output");
+        }
+
+        let dembedded = match dembeddings {
+            Some(sum) => dx + sum,
+            None => dx,
+        };
+        let mut gradients = backward_from(embedded, dembedded);
+        self.unit(Unit::Embedding)
+            .add_gradients(embedding_params.gradients(&mut gradients), mesh)?;
+        Ok(PassOutput { loss, state_ratios })
+    }
+
+    /// Loss and the gradient of the last block's output; the head's own gradients are added.
+    fn head_pass(
+        &mut self,
+        x: Tensor<3>,
+        micro: &MicroBatch,
+        scale: f64,
+        mesh: &Mesh,
+    ) -> Result<(Tensor<1>, Tensor<3>), TrainError> {
+        let params = self.params(Unit::Head, mesh)?.tracked();
+        let tied = match self.config.tie_word_embeddings {
+            true => Some(self.params(Unit::Embedding, mesh)?.tracked()),
+            false => None,
+        };
+        let x = leaf(x);
+        let weight = tied.as_ref().map(|tied| Embedding::new(tied).weight);
+        let head = Head::new(&self.config, &params, weight);
+        let loss = head.loss(x.clone(), micro.labels.clone(), scale);
+        let mut gradients = loss.backward();
+        self.unit(Unit::Head)
+            .add_gradients(params.gradients(&mut gradients), mesh)?;
+        if let Some(tied) = tied {
+            self.unit(Unit::Embedding)
+                .add_gradients(tied.gradients(&mut gradients), mesh)?;
+        }
+        let dx = x.grad_remove(&mut gradients);
+        Ok((loss.inner(), dx.expect("the head's input reaches the loss")))
+    }
+
+    /// The loss of each token, 0 where it has no label: `[B·N]` f32.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub fn token_losses(
+        &mut self,
+        micro: &MicroBatch,
+        mesh: &Mesh,
+    ) -> Result<Tensor<1>, TrainError> {
+        let config = self.config.clone();
+        let batch = Batch::inference(&config, micro.packing.clone(), &self.device);
+        let embedding = Embedding::new(&self.params(Unit::Embedding, mesh)?);
+        let embeddings = embedding.forward(micro.ids.clone(), self.compute);
+        let mut x = embeddings.clone();
+        for layer in 0..config.num_hidden_layers {
+            let params = self.params(Unit::Block(layer), mesh)?;
+            let block = Block::new(&config, layer, &params);
+            x = block.forward(x, embeddings.clone(), &batch).output;
+        }
+        let tied = config.tie_word_embeddings.then_some(embedding.weight);
+        let head = Head::new(&config, &self.params(Unit::Head, mesh)?, tied);
+        Ok(head.token_losses(x, micro.labels.clone()))
+    }
+}
+
+/// `value` as the leaf of a new graph.
+fn leaf(value: Tensor<3>) -> Tensor<3> {
+    value.inner().autodiff().require_grad()
+}
+
+/// Runs block `layer` on a graph of its own.
+fn block_graph(
+    config: &ModelConfig,
+    layer: usize,
+    params: Params,
+    x: Tensor<3>,
+    embeddings: &Tensor<3>,
+    batch: &Batch,
+) -> BlockGraph {
+    let params = params.tracked();
+    let x = leaf(x);
+    // Only a layer that learns to predict embeddings sends a gradient back to them.
+    let learns = config.is_ttt_layer(layer) && config.ttt.target != Target::Hidden;
+    let embeddings = match learns {
+        true => leaf(embeddings.clone()),
+        false => embeddings.clone(),
+    };
+    let block = Block::new(config, layer, &params);
+    let out = block.forward(x.clone(), embeddings.clone(), batch);
+    BlockGraph {
+        x,
+        embeddings,
+        params,
+        output: out.output,
+        state_ratio: out.state_ratio,
+    }
+}

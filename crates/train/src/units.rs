@@ -1,0 +1,199 @@
+//! The trained state, unit by unit: flat f32 buffers of master weights, moments and gradients.
+//!
+//! Each buffer is this rank's shard of the unit's parameters laid end to end; on one rank, all of
+//! them. A unit is gathered when it runs and its gradient is scattered when it is known.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use ttt_kernels::dtype::cast;
+use ttt_kernels::ops::adamw::Moments;
+use ttt_model::{ModelConfig, ParamSpec, Params, Unit};
+use ttt_parallel::{CommError, Mesh};
+
+/// Where a unit's parameters lie in its flat buffer.
+#[derive(Clone, Debug)]
+pub struct FlatLayout {
+    /// The parameters in order; those that decay come first.
+    pub specs: Vec<ParamSpec>,
+    /// Where each begins, and the end of the last.
+    offsets: Vec<usize>,
+    /// Elements of one rank's shard; the last rank's is padded with zeros.
+    shard_len: usize,
+    shards: usize,
+}
+
+impl FlatLayout {
+    /// The layout of `unit` over `shards` ranks.
+    pub fn new(config: &ModelConfig, unit: Unit, shards: usize) -> Self {
+        let mut specs = unit.params(config);
+        specs.sort_by_key(|spec| !spec.decays()); // stable
+        let mut offsets = vec![0];
+        for spec in &specs {
+            offsets.push(offsets[offsets.len() - 1] + spec.len());
+        }
+        let len = offsets[specs.len()];
+        Self {
+            specs,
+            offsets,
+            shard_len: len.div_ceil(shards),
+            shards,
+        }
+    }
+
+    /// Elements of all parameters.
+    pub fn len(&self) -> usize {
+        self.offsets[self.specs.len()]
+    }
+
+    /// Whether there are no parameters.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where parameter `i` lies.
+    pub fn range(&self, i: usize) -> Range<usize> {
+        self.offsets[i]..self.offsets[i + 1]
+    }
+
+    /// The part of rank `rank`'s shard that decays, in shard coordinates.
+    pub fn decayed(&self, rank: usize) -> Range<usize> {
+        let decaying = self.specs.iter().filter(|spec| spec.decays()).count();
+        let begin = rank * self.shard_len;
+        0..self.offsets[decaying].clamp(begin, begin + self.shard_len) - begin
+    }
+
+    /// Rank `rank`'s shard of values given flat, padded.
+    pub fn shard_of(&self, full: &[f32], rank: usize) -> Vec<f32> {
+        let begin = (rank * self.shard_len).min(full.len());
+        let end = (begin + self.shard_len).min(full.len());
+        let mut shard = full[begin..end].to_vec();
+        shard.resize(self.shard_len, 0.0);
+        shard
+    }
+}
+
+/// One unit of the model being trained.
+#[derive(Debug)]
+pub struct UnitState {
+    /// Which part of the model.
+    pub unit: Unit,
+    /// Where its parameters lie.
+    pub layout: FlatLayout,
+    /// Master weights, f32: `[shard_len]`.
+    pub master: Tensor<1>,
+    /// AdamW's moments.
+    pub moments: Moments,
+    /// The gradient summed so far in this step.
+    gradient: Option<Tensor<1>>,
+    /// The parameters as the model computes with them, until the next update.
+    ready: Option<Params>,
+}
+
+impl UnitState {
+    /// A unit whose parameters are `values(spec)`, moments zero.
+    ///
+    /// # Errors
+    /// Whatever `values` returns.
+    pub fn new<E>(
+        config: &ModelConfig,
+        unit: Unit,
+        mesh: &Mesh,
+        device: &Device,
+        mut values: impl FnMut(&ParamSpec) -> Result<Vec<f32>, E>,
+    ) -> Result<Self, E> {
+        let layout = FlatLayout::new(config, unit, mesh.shard.size());
+        let mut full = Vec::with_capacity(layout.len());
+        for spec in &layout.specs {
+            full.extend(values(spec)?);
+        }
+        let shard = layout.shard_of(&full, mesh.shard.rank());
+        let len = shard.len();
+        let zeros = || Tensor::<1>::zeros([len], (device, DType::F32));
+        Ok(Self {
+            unit,
+            master: Tensor::from_data(TensorData::new(shard, [len]), (device, DType::F32)),
+            moments: Moments {
+                first: zeros(),
+                second: zeros(),
+            },
+            layout,
+            gradient: None,
+            ready: None,
+        })
+    }
+
+    /// The parameters in the precision the model computes in, gathered from all shards.
+    ///
+    /// Made once per step where this rank holds all of them; gathered anew each time otherwise, so
+    /// that only the unit that runs is whole.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub fn params(&mut self, compute: DType, mesh: &Mesh) -> Result<Params, CommError> {
+        if let Some(ready) = &self.ready {
+            return Ok(ready.clone());
+        }
+        let full = mesh.shard.all_gather(self.master.clone())?;
+        let flat = self.layout.specs.iter().enumerate().map(|(i, spec)| {
+            let value = full.clone().slice([self.layout.range(i)]);
+            match spec.master_precision {
+                true => value,
+                false => cast(value, compute),
+            }
+        });
+        let params = Params::new(self.layout.specs.clone(), flat.collect());
+        if mesh.shard.size() == 1 {
+            self.ready = Some(params.clone());
+        }
+        Ok(params)
+    }
+
+    /// Adds the gradients of one backward pass, in the layout's order; a parameter that none
+    /// arrived for counts as zero.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub fn add_gradients(
+        &mut self,
+        gradients: Vec<Option<Tensor<1>>>,
+        mesh: &Mesh,
+    ) -> Result<(), CommError> {
+        let device = self.master.device();
+        let zeros = |len: usize| Tensor::<1>::zeros([len], (&device, DType::F32));
+        let mut parts: Vec<Tensor<1>> = gradients
+            .into_iter()
+            .zip(&self.layout.specs)
+            .map(|(gradient, spec)| match gradient {
+                Some(gradient) => cast(gradient, DType::F32),
+                None => zeros(spec.len()),
+            })
+            .collect();
+        let padding = self.layout.shard_len * self.layout.shards - self.layout.len();
+        if padding > 0 {
+            parts.push(zeros(padding));
+        }
+        let own = mesh.shard.reduce_scatter_sum(Tensor::cat(parts, 0))?;
+        self.gradient = Some(match self.gradient.take() {
+            Some(sum) => sum + own,
+            None => own,
+        });
+        Ok(())
+    }
+
+    /// Takes the step's gradient, summed over the replicas.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub fn take_gradient(&mut self, mesh: &Mesh) -> Result<Tensor<1>, CommError> {
+        let own = self.gradient.take().unwrap_or_else(|| self.master.zeros_like());
+        mesh.replicate.all_reduce_sum(own)
+    }
+
+    /// Replaces weights and moments after an update.
+    pub fn update(&mut self, master: Tensor<1>, moments: Moments) {
+        self.master = master;
+        self.moments = moments;
+        self.ready = None;
+    }
+}
