@@ -99,9 +99,7 @@ impl Dataset {
 
     /// Loads the copy of the tokenizer that lies in the folder.
     pub fn tokenizer(&self) -> Result<Tokenizer, DataError> {
-        let tokenizer = Tokenizer::load_from_dataset(&self.dir, &self.manifest)?;
-        self.check_tokenizer(&tokenizer)?;
-        Ok(tokenizer)
+        Tokenizer::load_from_dataset(&self.dir, &self.manifest)
     }
 
     /// Refuses a tokenizer that did not make this dataset.
@@ -275,14 +273,7 @@ impl SequentialRows {
 /// Reads every file of the dataset in `dir` on all cores and checks its hash and content. Returns the bytes read.
 pub fn verify(dir: &Path) -> Result<u64, DataError> {
     let manifest = Manifest::load(dir)?;
-    let tokenizer = Tokenizer::load_from_dataset(dir, &manifest)?;
-    if tokenizer.hash() != manifest.tokenizer_hash {
-        return Err(DataError::TokenizerMismatch {
-            path: dir.to_path_buf(),
-            expected: manifest.tokenizer_hash.clone(),
-            found: tokenizer.hash().to_string(),
-        });
-    }
+    Tokenizer::load_from_dataset(dir, &manifest)?;
     let shards: Vec<_> = (manifest.sources.iter())
         .flat_map(|source| {
             Split::ALL

@@ -13,6 +13,7 @@ pub mod build;
 pub mod dataset;
 mod durable;
 mod error;
+mod guard;
 pub mod loader;
 pub mod manifest;
 pub mod mixture;

@@ -1,7 +1,6 @@
 //! Parquet: one text column, read in batches of rows.
 
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -13,6 +12,7 @@ use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchR
 use super::decompress;
 use super::discover::{Compression, InputFile};
 use super::read::{Content, Event, RawDocument, ReadOptions, Sink};
+use crate::guard::guarded;
 use crate::{BadRecords, DataError};
 
 /// Rows decoded at a time.
@@ -26,9 +26,9 @@ pub(super) fn read(
     sink: &mut Sink<'_>,
 ) -> Result<bool, DataError> {
     let path: Arc<str> = file.path.to_string_lossy().into();
-    let (mut batches, rows) = guarded(file, || open(file, column, options))??;
+    let (mut batches, rows) = decoding(file, || open(file, column, options))??;
     let mut row = 0;
-    while let Some(batch) = guarded(file, || batches.next())? {
+    while let Some(batch) = decoding(file, || batches.next())? {
         let batch: RecordBatch = batch.map_err(|error| unreadable(file, error))?;
         for text in strings(batch.column(0)) {
             row += 1;
@@ -152,7 +152,6 @@ fn unreadable(file: &InputFile, error: impl std::fmt::Display) -> DataError {
 }
 
 /// Damaged files can make the decoder panic; here that is an error like any other.
-fn guarded<T>(file: &InputFile, decode: impl FnOnce() -> T) -> Result<T, DataError> {
-    catch_unwind(AssertUnwindSafe(decode))
-        .map_err(|_| unreadable(file, "the decoder gave up on damaged content"))
+fn decoding<T>(file: &InputFile, decode: impl FnOnce() -> T) -> Result<T, DataError> {
+    guarded(decode).ok_or_else(|| unreadable(file, "the decoder gave up on damaged content"))
 }

@@ -16,8 +16,10 @@ pub struct StreamDecoder<'t> {
     shown: usize,
 }
 
-/// A UTF-8 character has at most four bytes, so longer waiting means that the bytes are no UTF-8 at all.
-const MAX_PENDING: usize = 4;
+/// A UTF-8 character has at most four bytes: with fewer tokens waiting, the next one may complete it.
+const WORTH_SPLITTING: usize = 4;
+/// So many tokens that make no whole character are shown as they are.
+const MAX_PENDING: usize = 16;
 
 impl<'t> StreamDecoder<'t> {
     pub(super) fn new(tokenizer: &'t Tokenizer) -> Self {
@@ -31,19 +33,47 @@ impl<'t> StreamDecoder<'t> {
     /// Takes the next token; returns the text that is complete now, if any.
     pub fn push(&mut self, id: u32) -> Result<Option<String>, DataError> {
         self.ids.push(id);
-        let incomplete = |text: &str| text.ends_with(char::REPLACEMENT_CHARACTER);
         let text = self.pending()?;
-        if text.is_empty() || (incomplete(&text) && self.ids.len() - self.shown < MAX_PENDING) {
+        let waiting = self.ids.len() - self.shown;
+        if text.is_empty() {
             return Ok(None);
         }
-        self.ids.drain(..self.shown);
-        self.shown = self.ids.len();
-        Ok(Some(text))
+        // The sign for broken bytes may be one, or the beginning of a character.
+        if !text.ends_with(char::REPLACEMENT_CHARACTER) || waiting >= MAX_PENDING {
+            return Ok(Some(self.show(waiting, text)));
+        }
+        if waiting >= WORTH_SPLITTING {
+            return self.show_whole_characters(waiting, &text);
+        }
+        Ok(None)
     }
 
     /// The text of tokens still held back: to be shown when generation ends.
     pub fn finish(self) -> Result<String, DataError> {
         self.pending()
+    }
+
+    /// Shows as many waiting tokens as can be cut off between characters: both sides then read as they do together.
+    fn show_whole_characters(
+        &mut self,
+        waiting: usize,
+        text: &str,
+    ) -> Result<Option<String>, DataError> {
+        for count in (1..waiting).rev() {
+            let (head, tail) = self.ids[self.shown..].split_at(count);
+            let head = self.tokenizer.decode(head)?;
+            if text.strip_prefix(&head) == Some(&self.tokenizer.decode(tail)?) {
+                return Ok(Some(self.show(count, head)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Counts the first `count` waiting tokens as shown; they are the context of the next.
+    fn show(&mut self, count: usize, text: String) -> String {
+        self.ids.drain(..self.shown);
+        self.shown = count;
+        text
     }
 
     fn pending(&self) -> Result<String, DataError> {

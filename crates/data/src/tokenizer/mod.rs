@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 pub use decode::StreamDecoder;
 pub use train::{TokenizerTraining, train_tokenizer};
 
+use crate::guard::guarded;
 use crate::source::hub;
 use crate::{DataError, Manifest};
 
@@ -61,7 +62,8 @@ impl Tokenizer {
         offline: bool,
     ) -> Result<Self, DataError> {
         let path = locate(name, offline)?;
-        let (inner, hash) = read(&path)?;
+        let (bytes, hash) = read(&path)?;
+        let inner = parse(&bytes, &path)?;
         let eos_id = match eos_token {
             Some(token) => inner.token_to_id(token).ok_or_else(|| {
                 DataError::setting(
@@ -74,11 +76,18 @@ impl Tokenizer {
         Self::new(inner, path, hash, eos_id)
     }
 
-    /// The copy in a dataset folder, with the end-of-text token that the dataset was built with.
+    /// The copy in a dataset folder, which must be the file that made the shards; with the end-of-text token that the dataset was built with.
     pub(crate) fn load_from_dataset(dir: &Path, manifest: &Manifest) -> Result<Self, DataError> {
         let path = dir.join(TOKENIZER_FILE);
-        let (inner, hash) = read(&path)?;
-        Self::new(inner, path, hash, manifest.eos_id)
+        let (bytes, hash) = read(&path)?;
+        if hash != manifest.tokenizer_hash {
+            return Err(DataError::TokenizerMismatch {
+                path: dir.to_path_buf(),
+                expected: manifest.tokenizer_hash.clone(),
+                found: hash,
+            });
+        }
+        Self::new(parse(&bytes, &path)?, path, hash, manifest.eos_id)
     }
 
     fn new(
@@ -181,14 +190,25 @@ fn locate(name: &Path, offline: bool) -> Result<PathBuf, DataError> {
     }
 }
 
-fn read(path: &Path) -> Result<(tokenizers::Tokenizer, String), DataError> {
+/// The file's bytes and their hash.
+fn read(path: &Path) -> Result<(Vec<u8>, String), DataError> {
     let bytes = std::fs::read(path).map_err(DataError::io(path, "read the tokenizer"))?;
-    let inner =
-        tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| DataError::BadTokenizer {
-            path: path.to_path_buf(),
-            reason: error.to_string(),
-        })?;
-    Ok((inner, blake3::hash(&bytes).to_hex().to_string()))
+    let hash = blake3::hash(&bytes).to_hex().to_string();
+    Ok((bytes, hash))
+}
+
+fn parse(bytes: &[u8], path: &Path) -> Result<tokenizers::Tokenizer, DataError> {
+    let bad = |reason: String| DataError::BadTokenizer {
+        path: path.to_path_buf(),
+        reason,
+    };
+    // The tokenizers crate panics on some JSON that ends early, so the syntax is checked first, and a panic over
+    // content that it did not foresee is an error too.
+    serde_json::from_slice::<serde::de::IgnoredAny>(bytes)
+        .map_err(|error| bad(error.to_string()))?;
+    guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
+        .ok_or_else(|| bad("its content is not a tokenizer's".into()))?
+        .map_err(|error| bad(error.to_string()))
 }
 
 fn find_eos(inner: &tokenizers::Tokenizer, path: &Path) -> Result<u32, DataError> {
