@@ -13,6 +13,7 @@ pub mod generate;
 pub mod human;
 pub mod init;
 pub mod metrics;
+pub mod open;
 pub mod optimizer;
 pub mod plan;
 pub mod progress;
@@ -20,6 +21,7 @@ pub mod run;
 pub mod schedule;
 pub mod signals;
 pub mod step;
+pub mod trained;
 pub mod units;
 
 pub use error::TrainError;

@@ -1,0 +1,92 @@
+//! Opening a checkpoint to use the model in it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ttt_data::{Dataset, Split, Tokenizer};
+use ttt_model::Unit;
+use ttt_model::decode::Decoder;
+use ttt_parallel::Mesh;
+
+use crate::checkpoint::Checkpoint;
+use crate::config::{Config, DeviceKind};
+use crate::device;
+use crate::error::TrainError;
+use crate::evaluate::{Evaluation, evaluate};
+use crate::step::Model;
+
+/// The model of a checkpoint, on a device.
+#[derive(Debug)]
+pub struct Opened {
+    /// The configuration of its run.
+    pub config: Config,
+    /// The model; it holds no moments.
+    pub model: Model,
+    /// The checkpoint's own tokenizer.
+    pub tokenizer: Tokenizer,
+    mesh: Mesh,
+}
+
+impl Opened {
+    /// Opens the checkpoint at `path` on `device`, by default that of its run.
+    ///
+    /// # Errors
+    /// If the checkpoint is damaged or the device is not there.
+    pub fn new(path: &Path, device: Option<DeviceKind>) -> Result<Self, TrainError> {
+        let checkpoint = Checkpoint::open(path)?;
+        let config = checkpoint.config.clone();
+        let kind = device.unwrap_or(config.run.device);
+        let device = device::open(kind)?;
+        let mesh = Mesh::single();
+        let units = Unit::all(&config.model)
+            .into_iter()
+            .map(|unit| checkpoint.load_unit(&config.model, unit, &mesh, &device))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
+            model: Model {
+                config: config.model.clone(),
+                units,
+                compute: device::compute_dtype(kind, config.train.compute),
+                device,
+            },
+            tokenizer: Tokenizer::load(&path.join("tokenizer.json"))?,
+            config,
+            mesh,
+        })
+    }
+
+    /// The model as a decoder.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn decoder(&mut self) -> Result<Decoder, TrainError> {
+        let units = Unit::all(&self.config.model)
+            .into_iter()
+            .map(|unit| self.model.params(unit, &self.mesh))
+            .collect::<Result<Vec<_>, _>>()?;
+        let Model {
+            compute, device, ..
+        } = &self.model;
+        Ok(Decoder::new(&self.config.model, units, *compute, device))
+    }
+
+    /// The validation loss on the shards at `data` (by default those of the run), over the first
+    /// `rows` rows of `sequence_length` tokens (by default the run's).
+    ///
+    /// # Errors
+    /// If the shards do not fit the tokenizer, hold no row of this length, or cannot be read.
+    pub fn evaluate(
+        &mut self,
+        data: Option<&Path>,
+        rows: Option<usize>,
+        sequence_length: Option<usize>,
+    ) -> Result<Evaluation, TrainError> {
+        let path = data.unwrap_or(&self.config.data.path);
+        let dataset = Arc::new(Dataset::open(path, Split::Validation)?);
+        dataset.check_tokenizer(&self.tokenizer)?;
+        let length = sequence_length.unwrap_or(self.config.train.sequence_length);
+        let rows = rows.unwrap_or(self.config.eval.rows);
+        let at_once = self.config.train.micro_batch_rows;
+        evaluate(&mut self.model, &dataset, length, rows, at_once, &self.mesh)
+    }
+}

@@ -1,0 +1,159 @@
+//! The block-by-block step against one graph over the whole model.
+
+use std::convert::Infallible;
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use ttt_data::{IGNORE, Row};
+use ttt_kernels::Packing;
+use ttt_kernels::testing::relative_error;
+use ttt_model::{
+    Batch, Block, Embedding, Head, ModelConfig, ModelType, Params, Target, TttConfig, Unit,
+};
+use ttt_parallel::Mesh;
+use ttt_train::config::Activations;
+use ttt_train::init::initial_values;
+use ttt_train::step::{MicroBatch, Model};
+use ttt_train::units::UnitState;
+
+const LENGTH: usize = 24;
+
+fn config(tied: bool, target: Target) -> ModelConfig {
+    ModelConfig {
+        model_type: ModelType::Qwen3,
+        vocab_size: 31,
+        hidden_size: 16,
+        intermediate_size: 24,
+        num_hidden_layers: 3,
+        num_attention_heads: 2,
+        num_key_value_heads: Some(1),
+        head_dim: Some(8),
+        rms_norm_eps: 1e-6,
+        rope_theta: 1e4,
+        rope_scaling: None,
+        max_position_embeddings: 64,
+        tie_word_embeddings: tied,
+        sliding_window: Some(7),
+        layer_types: None,
+        initializer_range: 0.2,
+        ttt: TttConfig {
+            enabled: true,
+            layers: Some(vec![0, 2]),
+            chunk: 4,
+            lr: 0.5,
+            target,
+            ..TttConfig::default()
+        },
+    }
+}
+
+/// Rows with a document start inside a chunk and some tokens without a label.
+fn rows() -> Vec<Row> {
+    let token = |i: usize| ((i * 7 + i * i * 3) % 31) as u32;
+    (0..2)
+        .map(|row| Row {
+            input_ids: (0..LENGTH).map(|i| token(i + 50 * row)).collect(),
+            labels: (0..LENGTH)
+                .map(|i| match i % 9 {
+                    8 => IGNORE,
+                    _ => token(i + 1 + 50 * row),
+                })
+                .collect(),
+            document_starts: vec![0, 9 + 2 * row as u32],
+        })
+        .collect()
+}
+
+/// Values that let every path matter: the convolution does not start at zero.
+fn values(spec: &ttt_model::ParamSpec) -> Result<Vec<f32>, Infallible> {
+    let dense = ttt_model::ParamSpec {
+        init: match spec.init {
+            ttt_model::Init::Ones => return Ok(vec![1.1; spec.len()]),
+            _ => ttt_model::Init::Normal(0.2),
+        },
+        ..spec.clone()
+    };
+    Ok(initial_values(&dense, 5))
+}
+
+fn model(config: &ModelConfig, device: &Device) -> Model {
+    let mesh = Mesh::single();
+    let unit = |unit| UnitState::new(config, unit, &mesh, device, values).expect("infallible");
+    Model {
+        config: config.clone(),
+        units: Unit::all(config).into_iter().map(unit).collect(),
+        compute: DType::F32,
+        device: device.clone(),
+    }
+}
+
+/// Loss and flat gradients per unit, from one graph.
+fn whole_graph(model: &mut Model, rows: &[Row], scale: f64) -> (Tensor<1>, Vec<Tensor<1>>) {
+    let config = model.config.clone();
+    let device = model.device.clone();
+    let units: Vec<Params> = Unit::all(&config)
+        .into_iter()
+        .map(|unit| model.params(unit, &Mesh::single()).expect("one rank").tracked())
+        .collect();
+    let ids: Vec<i32> = rows.iter().flat_map(|r| &r.input_ids).map(|&id| id as i32).collect();
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [rows.len(), LENGTH]), &device);
+    let labels: Vec<Option<u32>> = rows
+        .iter()
+        .flat_map(|r| &r.labels)
+        .map(|&l| (l != IGNORE).then_some(l))
+        .collect();
+    let labels = ttt_kernels::ops::cross_entropy::labels(&labels, &device);
+    let starts = rows.iter().map(|r| r.document_starts.iter().map(|&s| s as usize).collect());
+    let packing = Packing::new(LENGTH, starts.collect()).expect("a layout");
+    let batch = Batch::training(&config, packing, &device);
+
+    let embedding = Embedding::new(&units[0]);
+    let embeddings = embedding.forward(ids, DType::F32);
+    let mut x = embeddings.clone();
+    for layer in 0..config.num_hidden_layers {
+        let block = Block::new(&config, layer, &units[layer + 1]);
+        x = block.forward(x, embeddings.clone(), &batch).output;
+    }
+    let tied = config.tie_word_embeddings.then_some(embedding.weight);
+    let head = Head::new(&config, &units[units.len() - 1], tied);
+    let loss = head.loss(x, labels, scale);
+    let mut gradients = loss.backward();
+    let flat = units.iter().map(|unit| {
+        let parts = unit.gradients(&mut gradients).into_iter();
+        Tensor::cat(parts.map(|g| g.expect("a gradient")).collect(), 0)
+    });
+    (loss.inner(), flat.collect())
+}
+
+#[test]
+fn block_by_block_equals_one_graph() {
+    let device = Device::flex();
+    let mesh = Mesh::single();
+    for (tied, target) in [
+        (false, Target::Embedding),
+        (true, Target::Embedding),
+        (true, Target::Hidden),
+        (false, Target::NextToken),
+    ] {
+        let config = config(tied, target);
+        let rows = rows();
+        let scale = 0.03;
+        let (loss, expected) = whole_graph(&mut model(&config, &device), &rows, scale);
+        for activations in [Activations::Keep, Activations::Recompute] {
+            let mut model = model(&config, &device);
+            // Row by row: accumulated, the gradient is that of both.
+            let mut sum = loss.zeros_like();
+            for row in &rows {
+                let micro = MicroBatch::new(std::slice::from_ref(row), &device).expect("a batch");
+                let pass = model.accumulate(&micro, scale, activations, &mesh);
+                sum = sum + pass.expect("one rank").loss;
+            }
+            assert!(relative_error(&sum, &loss) < 1e-6);
+            for (unit, expected) in model.units.iter_mut().zip(&expected) {
+                let got = unit.take_gradient(&mesh).expect("one rank");
+                let error = relative_error(&got, expected);
+                // f32 sums in another order; a lost or doubled term shows as 1e-2 and more.
+                assert!(error < 2e-5, "{:?} {target:?} tied {tied}: {error:e}", unit.unit);
+            }
+        }
+    }
+}
