@@ -33,10 +33,7 @@ impl Data {
     pub fn prepare(config: &Config) -> Result<Self, TrainError> {
         let path = &config.data.path;
         if !config.data.sources.is_empty() {
-            let mut recipe = BuildConfig::new(config.data.sources.clone(), path, tokenizer(config)?);
-            recipe.validation_fraction = config.data.validation_fraction;
-            recipe.shard_tokens = config.data.shard_tokens;
-            build(&recipe, Progress::Auto)?;
+            build(&build_recipe(config)?, Progress::Auto)?;
         }
         let train = Arc::new(Dataset::open(path, Split::Train)?);
         let tokenizer = train.tokenizer()?;
@@ -96,6 +93,19 @@ fn validation(config: &Config) -> Result<Option<Arc<Dataset>>, TrainError> {
     // Asked for now, so that a split of no whole row is refused before the first step.
     dataset.sequential(config.train.sequence_length)?;
     Ok(Some(dataset))
+}
+
+/// The build that `[data]` describes. Trains the tokenizer first if only its size is given.
+///
+/// # Errors
+/// If there is no tokenizer, or the text to train one on cannot be read.
+pub fn build_recipe(config: &Config) -> Result<BuildConfig, TrainError> {
+    let data = &config.data;
+    Ok(BuildConfig {
+        validation_fraction: data.validation_fraction,
+        shard_tokens: data.shard_tokens,
+        ..BuildConfig::new(data.sources.clone(), &data.path, tokenizer(config)?)
+    })
 }
 
 /// The tokenizer that `[data]` names, trained first if it only names a size.

@@ -1,8 +1,9 @@
 //! `metrics.jsonl`: one line per logged step and per evaluation, for programs to read.
 //!
 //! A resumed run first cuts off what an earlier life wrote beyond the step it resumes at, so that
-//! the file looks as if the run had never been interrupted. Numbers read back to the same bits; what
-//! is not finite is `null`, since JSON has no word for it.
+//! the file looks as if the run had never been interrupted. Numbers are written in the shortest form
+//! that an exact reader (Python's, Rust's `str::parse`) takes back to the same bits; what is not
+//! finite is `null`, since JSON has no word for it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -130,7 +131,8 @@ impl MetricsWriter {
     }
 }
 
-/// Reads a metrics file.
+/// Reads a metrics file. `serde_json` may miss the last bit of a number; compare lines as text
+/// where bits count.
 ///
 /// # Errors
 /// If it cannot be read, or a line is no metrics line.
