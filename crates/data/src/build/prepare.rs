@@ -1,11 +1,12 @@
 //! The parallel part of a build: from raw documents to hashes and token ids.
 
-use std::sync::OnceLock;
+use std::sync::Mutex;
 
 use rayon::prelude::*;
 
 use crate::manifest::Split;
 use crate::source::{BadRecords, Content, RawDocument, pieces};
+use crate::tokenizer::Encoder;
 use crate::{DataError, Tokenizer};
 
 /// What a record became.
@@ -75,7 +76,7 @@ impl Preparer<'_> {
                 pieces
                     .into_par_iter()
                     .with_max_len(1)
-                    .map(|piece| self.tokenizers.current().encode(piece))
+                    .map(|piece| self.tokenizers.encode(piece))
                     .collect::<Result<_, _>>()?,
             )
         };
@@ -119,24 +120,28 @@ fn cut(mut text: &str, limit: usize) -> Vec<&str> {
     parts
 }
 
-/// One copy of the tokenizer for each thread: a shared one has a lock around its cache.
+/// One encoder for each thread, made when the thread first needs it.
 pub(super) struct TokenizerPool {
     original: Tokenizer,
-    copies: Vec<OnceLock<Tokenizer>>,
+    encoders: Vec<Mutex<Option<Encoder>>>,
 }
 
 impl TokenizerPool {
     pub fn new(original: Tokenizer, threads: usize) -> Self {
         Self {
             original,
-            copies: (0..threads).map(|_| OnceLock::new()).collect(),
+            encoders: (0..threads).map(|_| Mutex::new(None)).collect(),
         }
     }
 
-    fn current(&self) -> &Tokenizer {
-        match rayon::current_thread_index().and_then(|index| self.copies.get(index)) {
-            Some(copy) => copy.get_or_init(|| self.original.clone()),
-            None => &self.original,
+    fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        let own = rayon::current_thread_index().and_then(|index| self.encoders.get(index));
+        // A thread's encoder is free unless the thread has come here a second time or panicked on the way.
+        match own.map(Mutex::try_lock) {
+            Some(Ok(mut encoder)) => encoder
+                .get_or_insert_with(|| Encoder::new(self.original.clone()))
+                .encode(text),
+            _ => self.original.encode(text),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::decompress;
 use super::discover::InputFile;
 use super::read::{Content, Event, RawDocument, ReadOptions, Sink};
+use crate::tokenizer::Seams;
 use crate::{BadRecords, DataError};
 
 /// So many bytes at the head of a file decide whether it is binary: a zero byte says so.
@@ -192,45 +193,28 @@ pub(crate) const PIECE_BYTES: usize = 128 << 10;
 
 /// Cuts `text` into pieces for the tokenizer; joined they are `text` again.
 ///
-/// A seam lies at a single line end between two words, else before a single space between two words. The
-/// pre-tokenizers of the GPT-2, GPT-4, Llama 3 and Qwen families cut there as well, so the ids are those of the whole
-/// text. Text without such a place in half a piece is cut anywhere between characters.
+/// Cuts lie at seams ([`Seams`]), where the usual pre-tokenizers cut as well: the ids are those of the whole text. Text
+/// without a seam in half a piece is cut anywhere between characters.
 pub(crate) fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
         if rest.is_empty() {
             return None;
         }
-        let (piece, after) = rest.split_at(seam(rest, PIECE_BYTES));
+        let (piece, after) = rest.split_at(piece_end(rest, PIECE_BYTES));
         rest = after;
         Some(piece)
     })
 }
 
-fn seam(text: &str, limit: usize) -> usize {
-    let bytes = text.as_bytes();
-    if bytes.len() <= limit {
-        return bytes.len();
+fn piece_end(text: &str, limit: usize) -> usize {
+    if text.len() <= limit {
+        return text.len();
     }
-    let is_word = |at: usize| {
-        bytes
-            .get(at)
-            .is_some_and(|&byte| byte > b' ' && byte != 0x7f)
-    };
-    let places = || (limit / 2..limit).rev();
-    if let Some(at) = places().find(|&at| bytes[at] == b'\n' && is_word(at - 1) && is_word(at + 1))
-    {
-        return at + 1;
-    }
-    // Only beside ASCII letters and digits is a space sure to belong to what follows.
-    let is_letter = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_alphanumeric);
-    if let Some(at) =
-        places().find(|&at| bytes[at] == b' ' && is_letter(at - 1) && is_letter(at + 1))
-    {
-        return at;
-    }
-    (1..=limit)
+    let seams = Seams::default();
+    (limit / 2..limit)
         .rev()
-        .find(|&at| text.is_char_boundary(at))
-        .unwrap_or(bytes.len())
+        .find(|&at| seams.is_seam(text.as_bytes(), at))
+        .or_else(|| (1..=limit).rev().find(|&at| text.is_char_boundary(at)))
+        .unwrap_or(text.len())
 }

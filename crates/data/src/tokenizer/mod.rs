@@ -2,11 +2,13 @@
 
 mod decode;
 mod train;
+mod words;
 
 use std::path::{Path, PathBuf};
 
 pub use decode::StreamDecoder;
 pub use train::{TokenizerTraining, train_tokenizer};
+pub(crate) use words::{Encoder, Seams};
 
 use crate::guard::guarded;
 use crate::source::hub;
@@ -162,6 +164,11 @@ impl Tokenizer {
     /// Id of a token by its name.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// Name of a token.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
     /// BLAKE3 of the tokenizer.json, in hex.

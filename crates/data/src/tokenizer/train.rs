@@ -14,15 +14,12 @@ use tokenizers::{
 };
 
 use super::TOKENIZER_FILE;
+use super::words::GPT_4;
 use crate::source::{BadRecords, ReadOptions, SourceSpec, discover, pieces, read_documents};
 use crate::{DataError, durable};
 
 /// The token that ends documents in tokenizers trained here.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
-
-/// Words as GPT-4 and Llama 3 cut them: contractions, letters with one leading mark, digits by threes, punctuation with
-/// its line breaks, white space.
-const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// What a training run gave.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,8 +141,9 @@ pub fn train_tokenizer(
 }
 
 fn untrained() -> Result<Bpe, tokenizers::Error> {
+    // Contractions, letters with one leading mark, digits by threes, punctuation with its line ends, white space.
     let words = Split::new(
-        SplitPattern::Regex(WORDS.into()),
+        SplitPattern::Regex(GPT_4.into()),
         SplitDelimiterBehavior::Isolated,
         false,
     )?;
