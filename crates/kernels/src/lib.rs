@@ -14,6 +14,9 @@
 //! | V | vocabulary |
 //! | C | tokens of a TTT chunk |
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod doctor;
 pub mod dtype;
 pub mod function;
 pub mod ops;

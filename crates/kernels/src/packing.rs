@@ -84,10 +84,7 @@ impl Packing {
         let all: Vec<i32> = (0..self.rows.len())
             .flat_map(|row| self.document_start(row))
             .collect();
-        Tensor::from_data(
-            TensorData::new(all, [self.rows.len(), self.length]),
-            device,
-        )
+        Tensor::from_data(TensorData::new(all, [self.rows.len(), self.length]), device)
     }
 
     /// The pieces of row `row` on the absolute chunk grid: chunk(p) = ⌊p / `chunk`⌋, cut again where

@@ -36,14 +36,17 @@ pub fn normal<const R: usize>(
     device: &Device,
     dtype: DType,
 ) -> Tensor<R> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut uniform = move || {
-        // splitmix64: enough for test inputs, and needs no generator state elsewhere.
-        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut x = state;
+    // splitmix64: enough for test inputs, and needs no generator state elsewhere.
+    let mix = |mut x: u64| {
         x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((x ^ (x >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+        x ^ (x >> 31)
+    };
+    // Mixed once more, since its streams from neighbouring seeds are one stream shifted.
+    let mut state = mix(seed.wrapping_add(0x9E37_79B9_7F4A_7C15));
+    let mut uniform = move || {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        (mix(state) >> 11) as f64 / (1u64 << 53) as f64
     };
     let count = shape.iter().product();
     let data: Vec<f64> = (0..count)

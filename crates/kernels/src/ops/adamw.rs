@@ -57,6 +57,13 @@ pub fn adamw_step(
         "decaying elements {decayed:?} of {}",
         master.dims()[0]
     );
+    #[cfg(feature = "cuda")]
+    let (master, moments) = match crate::cuda::adamw::step(
+        master, moments, &grad, &decayed, lr, step, &scale, &keep, hyper,
+    ) {
+        Ok(done) => return done,
+        Err(elsewhere) => elsewhere,
+    };
     let AdamW {
         beta1,
         beta2,
@@ -90,6 +97,10 @@ pub fn adamw_step(
 
 /// Σ grad²: `[n]` f32 → `[1]` f32. Infinite or NaN if the gradient holds either.
 pub fn square_sum(grad: Tensor<1>) -> Tensor<1> {
+    #[cfg(feature = "cuda")]
+    if let Some(sum) = crate::cuda::adamw::square_sum(&grad) {
+        return sum;
+    }
     grad.square().sum()
 }
 

@@ -32,6 +32,10 @@ pub fn linear_cross_entropy(
 /// −log softmax(h Wᵀ)[label] of each token, 0 where there is no label: `[T]` f32. No gradient.
 pub fn token_losses(h: Tensor<2>, weight: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
     let (h, weight) = (h.inner(), weight.inner());
+    #[cfg(feature = "cuda")]
+    if let Some(done) = crate::cuda::cross_entropy::forward(&h, &weight, &labels, 1.0, false) {
+        return done.losses;
+    }
     let losses = slices(h.dims()[0], weight.dims()[0])
         .map(|range| {
             let labels = labels.clone().slice([range.clone()]);
@@ -60,7 +64,10 @@ struct SliceLoss {
 }
 
 fn slice_loss(h: Tensor<2>, weight: &Tensor<2>, labels: Tensor<1, Int>) -> SliceLoss {
-    let logits = widen(h.clone().matmul(cast(weight.clone(), h.dtype()).transpose()));
+    let logits = widen(
+        h.clone()
+            .matmul(cast(weight.clone(), h.dtype()).transpose()),
+    );
     let labels = labels.unsqueeze_dim::<2>(1);
     let missing = labels.clone().equal_scalar(IGNORE);
     let index = labels.mask_fill(missing.clone(), 0);
@@ -92,6 +99,17 @@ impl Function<2> for LinearCrossEntropy {
 
     fn forward(&self, [h, weight]: [Value; 2]) -> Forward<Self::Saved> {
         let (h, weight) = (h.tensor::<2>(), weight.tensor::<2>());
+        #[cfg(feature = "cuda")]
+        if let Some(done) =
+            crate::cuda::cross_entropy::forward(&h, &weight, &self.labels, self.scale, true)
+            && let Some(gradients) = done.gradients
+        {
+            return Forward {
+                output: done.losses.sum().mul_scalar(self.scale).into(),
+                extra: vec![],
+                saved: gradients,
+            };
+        }
         let device = h.device();
         let sum = wide(h.dtype());
         let mut loss = Tensor::<1>::zeros([1], (&device, sum));

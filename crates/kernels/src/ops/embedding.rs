@@ -29,6 +29,16 @@ impl Function<1> for Embedding {
     fn forward(&self, [weight]: [Value; 1]) -> Forward<Self::Saved> {
         let weight = weight.tensor::<2>();
         let saved = (weight.dims(), weight.dtype());
+        #[cfg(feature = "cuda")]
+        if self.dtype == DType::BF16
+            && let Some(rows) = crate::cuda::embedding::forward(&self.ids, &weight)
+        {
+            return Forward {
+                output: rows.into(),
+                extra: vec![],
+                saved,
+            };
+        }
         let rows = weight.select(0, self.ids.clone());
         Forward {
             output: cast(rows, self.dtype).into(),
@@ -40,6 +50,10 @@ impl Function<1> for Embedding {
     /// A token's rows are summed in f32, in token order.
     fn backward(self, (shape, dtype): Self::Saved, dy: Value, _: [bool; 1]) -> [Option<Value>; 1] {
         let dy = dy.tensor::<2>();
+        #[cfg(feature = "cuda")]
+        if let Some(dw) = crate::cuda::embedding::backward(&self.ids, &dy, shape[0]) {
+            return [Some(dw.into())];
+        }
         let sum = wide(dtype);
         let dw = Tensor::<2>::zeros(shape, (&dy.device(), sum)).select_assign(
             0,

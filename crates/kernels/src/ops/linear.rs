@@ -1,6 +1,6 @@
 //! `y = x Wᵀ`.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::dtype::cast;
 use crate::function::{Forward, Function, Value, apply};
@@ -27,7 +27,7 @@ impl Function<2> for Linear {
 
     fn forward(&self, [x, weight]: [Value; 2]) -> Forward<Self::Saved> {
         let (x, weight) = (x.tensor::<2>(), weight.tensor::<2>());
-        let y = x.clone().matmul(cast(weight.clone(), x.dtype()).transpose());
+        let y = product(&x, &weight);
         Forward {
             output: y.into(),
             extra: vec![],
@@ -43,8 +43,34 @@ impl Function<2> for Linear {
     ) -> [Option<Value>; 2] {
         let dy = dy.tensor::<2>();
         let dtype = weight.dtype();
-        let dx = wanted[0].then(|| dy.clone().matmul(cast(weight, x.dtype())).into());
-        let dw = wanted[1].then(|| cast(dy.transpose().matmul(x), dtype).into());
+        let dx = wanted[0].then(|| input_gradient(&dy, weight, x.dtype()).into());
+        let dw = wanted[1].then(|| weight_gradient(dy, x, dtype).into());
         [dx, dw]
     }
+}
+
+fn product(x: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
+    #[cfg(feature = "cuda")]
+    if let Some(y) = crate::cuda::linear::forward(x, weight) {
+        return y;
+    }
+    x.clone()
+        .matmul(cast(weight.clone(), x.dtype()).transpose())
+}
+
+fn input_gradient(dy: &Tensor<2>, weight: Tensor<2>, dtype: DType) -> Tensor<2> {
+    #[cfg(feature = "cuda")]
+    if let Some(dx) = crate::cuda::linear::input_gradient(dy, &weight) {
+        return dx;
+    }
+    dy.clone().matmul(cast(weight, dtype))
+}
+
+/// On CUDA in f32, whatever the weight's precision: that is what the product sums in.
+fn weight_gradient(dy: Tensor<2>, x: Tensor<2>, dtype: DType) -> Tensor<2> {
+    #[cfg(feature = "cuda")]
+    if let Some(dw) = crate::cuda::linear::weight_gradient(&dy, &x) {
+        return dw;
+    }
+    cast(dy.transpose().matmul(x), dtype)
 }

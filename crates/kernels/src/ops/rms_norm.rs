@@ -34,6 +34,14 @@ impl Function<2> for RmsNorm {
 
     fn forward(&self, [x, weight]: [Value; 2]) -> Forward<Self::Saved> {
         let (x, weight) = (x.tensor::<2>(), weight.tensor::<1>());
+        #[cfg(feature = "cuda")]
+        if let Some(y) = crate::cuda::norm::forward(&x, &weight, self.eps) {
+            return Forward {
+                output: y.into(),
+                extra: vec![],
+                saved: (x, weight),
+            };
+        }
         let wide_x = widen(x.clone());
         let gain = cast(weight.clone(), wide(x.dtype())).unsqueeze::<2>();
         let y = wide_x.clone() * self.reciprocal(wide_x) * gain;
@@ -52,7 +60,12 @@ impl Function<2> for RmsNorm {
         _wanted: [bool; 2],
     ) -> [Option<Value>; 2] {
         let dtypes = (x.dtype(), weight.dtype());
-        let (x, dy) = (widen(x), widen(dy.tensor::<2>()));
+        let dy = dy.tensor::<2>();
+        #[cfg(feature = "cuda")]
+        if let Some((dx, dw)) = crate::cuda::norm::backward(&x, &weight, &dy, self.eps) {
+            return [Some(dx.into()), Some(dw.into())];
+        }
+        let (x, dy) = (widen(x), widen(dy));
         let gain = cast(weight, x.dtype()).unsqueeze::<2>();
         let reciprocal = self.reciprocal(x.clone());
         let normed = x * reciprocal.clone();

@@ -20,6 +20,10 @@ struct Rope {
 
 impl Rope {
     fn rotate(&self, x: Tensor<4>, sign: f64) -> Tensor<4> {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = crate::cuda::pointwise::rope(&x, &self.cos, &self.sin, sign) {
+            return y;
+        }
         let dtype = x.dtype();
         let x = widen(x);
         let [batch, tokens, heads, size] = x.dims();

@@ -11,7 +11,9 @@ use crate::function::{Forward, Function, Value, apply};
 /// # Panics
 /// If `y` is not tracked.
 pub fn backward_from<const R: usize>(y: Tensor<R>, dy: Tensor<R>) -> Gradients {
-    let seed = Seed { dy: dy.inner().into() };
+    let seed = Seed {
+        dy: dy.inner().into(),
+    };
     apply(seed, [y.into()]).tensor::<1>().backward()
 }
 

@@ -22,6 +22,14 @@ impl Function<2> for SwiGlu {
 
     fn forward(&self, [gate, up]: [Value; 2]) -> Forward<Self::Saved> {
         let (gate, up) = (gate.tensor::<1>(), up.tensor::<1>());
+        #[cfg(feature = "cuda")]
+        if let Some(z) = crate::cuda::pointwise::swiglu(&gate, &up) {
+            return Forward {
+                output: z.into(),
+                extra: vec![],
+                saved: (gate, up),
+            };
+        }
         let g = widen(gate.clone());
         let z = g.clone() * sigmoid(g) * widen(up.clone());
         Forward {
@@ -34,7 +42,12 @@ impl Function<2> for SwiGlu {
     /// silu'(g) = σ(g) (1 + g (1 − σ(g))).
     fn backward(self, (gate, up): Self::Saved, dz: Value, _: [bool; 2]) -> [Option<Value>; 2] {
         let dtype = gate.dtype();
-        let (g, u, dz) = (widen(gate), widen(up), widen(dz.tensor::<1>()));
+        let dz = dz.tensor::<1>();
+        #[cfg(feature = "cuda")]
+        if let Some((dgate, dup)) = crate::cuda::pointwise::swiglu_backward(&gate, &up, &dz) {
+            return [Some(dgate.into()), Some(dup.into())];
+        }
+        let (g, u, dz) = (widen(gate), widen(up), widen(dz));
         let s = sigmoid(g.clone());
         let silu = g * s.clone();
         let slope = s.clone() + silu.clone() * (s.neg() + 1.0);

@@ -53,8 +53,15 @@ impl Function<3> for Attention {
 
     fn forward(&self, [q, k, v]: [Value; 3]) -> Forward<Saved> {
         let (q, k, v) = (q.tensor(), k.tensor(), v.tensor());
-        let (output, log_sum_exp) =
-            reference::forward(q.clone(), k.clone(), v.clone(), &self.spec);
+        #[cfg(feature = "cuda")]
+        if let Some((output, sums)) = crate::cuda::attention::forward(&q, &k, &v, &self.spec) {
+            return Forward {
+                output: output.clone().into(),
+                extra: vec![],
+                saved: (q, k, v, output, sums),
+            };
+        }
+        let (output, log_sum_exp) = reference::forward(q.clone(), k.clone(), v.clone(), &self.spec);
         Forward {
             output: output.clone().into(),
             extra: vec![],
@@ -65,6 +72,12 @@ impl Function<3> for Attention {
     fn backward(self, saved: Saved, dy: Value, _: [bool; 3]) -> [Option<Value>; 3] {
         let (q, k, v, output, log_sum_exp) = saved;
         let dy = dy.tensor();
+        #[cfg(feature = "cuda")]
+        if let Some(gradients) =
+            crate::cuda::attention::backward([&q, &k, &v], &output, &log_sum_exp, &dy, &self.spec)
+        {
+            return gradients.map(|g| Some(g.into()));
+        }
         reference::backward(q, k, v, output, log_sum_exp, dy, &self.spec).map(|g| Some(g.into()))
     }
 }

@@ -12,11 +12,9 @@ use crate::packing::Packing;
 /// Cut at chunk edges, because a tap that reaches into the next chunk would put a token's own label
 /// into the weight that predicts it (in-place-ttt, section 3).
 pub fn chunk_conv(x: Tensor<3>, weight: Tensor<3>, packing: &Packing, chunk: usize) -> Tensor<3> {
-    let taps = weight.dims()[2];
     let conv = ChunkConv {
-        inside: (0..taps)
-            .map(|k| same_piece(packing, chunk, offset(k, taps), &x.device()))
-            .collect(),
+        packing: packing.clone(),
+        chunk,
     };
     apply(conv, [x.into(), weight.into()]).tensor()
 }
@@ -41,9 +39,7 @@ fn same_piece(packing: &Packing, chunk: usize, offset: isize, device: &Device) -
         for piece in packing.pieces(row, chunk) {
             for t in piece.range.clone() {
                 let other = t.checked_add_signed(offset);
-                mask[t] = f32::from(u8::from(
-                    other.is_some_and(|o| piece.range.contains(&o)),
-                ));
+                mask[t] = f32::from(u8::from(other.is_some_and(|o| piece.range.contains(&o))));
             }
         }
     }
@@ -68,16 +64,23 @@ fn shift(x: Tensor<3>, offset: isize) -> Tensor<3> {
 
 #[derive(Debug)]
 struct ChunkConv {
-    /// One mask `[B, N, 1]` per tap.
-    inside: Vec<Tensor<3>>,
+    packing: Packing,
+    chunk: usize,
 }
 
 impl ChunkConv {
-    /// Tap k's token for each place, in f32: `[B, N, D]`.
-    fn tapped(&self, x: &Tensor<3>, k: usize) -> Tensor<3> {
-        let mask = cast(self.inside[k].clone(), x.dtype());
-        shift(x.clone(), offset(k, self.inside.len())) * mask
+    /// One mask `[B, N, 1]` per tap.
+    fn masks(&self, taps: usize, device: &Device) -> Vec<Tensor<3>> {
+        (0..taps)
+            .map(|k| same_piece(&self.packing, self.chunk, offset(k, taps), device))
+            .collect()
     }
+}
+
+/// Tap k's token for each place, in f32: `[B, N, D]`.
+fn tapped(x: &Tensor<3>, inside: &[Tensor<3>], k: usize) -> Tensor<3> {
+    let mask = cast(inside[k].clone(), x.dtype());
+    shift(x.clone(), offset(k, inside.len())) * mask
 }
 
 /// Tap k's weight: `[1, 1, D]`.
@@ -94,10 +97,19 @@ impl Function<2> for ChunkConv {
 
     fn forward(&self, [x, weight]: [Value; 2]) -> Forward<Self::Saved> {
         let (x, weight) = (x.tensor::<3>(), weight.tensor::<3>());
+        #[cfg(feature = "cuda")]
+        if let Some(u) = crate::cuda::ttt::conv_apply(&x, &weight, &self.packing, self.chunk, 1) {
+            return Forward {
+                output: u.into(),
+                extra: vec![],
+                saved: (x, weight),
+            };
+        }
+        let inside = self.masks(weight.dims()[2], &x.device());
         let wide_x = widen(x.clone());
         let wide_weight = cast(weight.clone(), wide_x.dtype());
-        let u = (0..self.inside.len())
-            .map(|k| self.tapped(&wide_x, k) * tap(&wide_weight, k))
+        let u = (0..inside.len())
+            .map(|k| tapped(&wide_x, &inside, k) * tap(&wide_weight, k))
             .reduce(|a, b| a + b)
             .expect("at least one tap");
         Forward {
@@ -110,15 +122,26 @@ impl Function<2> for ChunkConv {
     /// dκ[k] = Σ_t dU[t] X[t+k−K/2], dX[t+k−K/2] += κ[k] dU[t].
     fn backward(self, (x, weight): Self::Saved, du: Value, _: [bool; 2]) -> [Option<Value>; 2] {
         let dtypes = (x.dtype(), weight.dtype());
-        let taps = self.inside.len();
-        let (x, du) = (widen(x), widen(du.tensor::<3>()));
+        let du = du.tensor::<3>();
+        #[cfg(feature = "cuda")]
+        {
+            use crate::cuda::ttt::{conv_apply, conv_weight_gradient};
+            let dw = conv_weight_gradient(&x, &weight, &du, &self.packing, self.chunk);
+            let dx = conv_apply(&du, &weight, &self.packing, self.chunk, -1);
+            if let (Some(dx), Some(dw)) = (dx, dw) {
+                return [Some(dx.into()), Some(dw.into())];
+            }
+        }
+        let taps = weight.dims()[2];
+        let inside = self.masks(taps, &x.device());
+        let (x, du) = (widen(x), widen(du));
         let weight = cast(weight, x.dtype());
         let mut dx = x.zeros_like();
         let mut dweight = vec![];
         for k in 0..taps {
-            let mask = cast(self.inside[k].clone(), x.dtype());
+            let mask = cast(inside[k].clone(), x.dtype());
             dx = dx + shift(du.clone() * mask * tap(&weight, k), -offset(k, taps));
-            let sum = (du.clone() * self.tapped(&x, k)).sum_dims_squeeze::<1, _>(&[0, 1]);
+            let sum = (du.clone() * tapped(&x, &inside, k)).sum_dims_squeeze::<1, _>(&[0, 1]);
             dweight.push(sum.reshape([-1, 1, 1]));
         }
         let dweight = Tensor::cat(dweight, 2);

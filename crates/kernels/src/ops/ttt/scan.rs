@@ -110,6 +110,12 @@ impl FastWeightScan {
     fn pieces(&self, row: usize) -> Vec<Piece> {
         self.spec.packing.pieces(row, self.spec.chunk)
     }
+
+    #[cfg(feature = "cuda")]
+    fn all_pieces(&self) -> Vec<Vec<Piece>> {
+        let rows = self.spec.packing.rows().len();
+        (0..rows).map(|row| self.pieces(row)).collect()
+    }
 }
 
 impl Function<3> for FastWeightScan {
@@ -118,9 +124,32 @@ impl Function<3> for FastWeightScan {
     fn forward(&self, [z, v, w0]: [Value; 3]) -> Forward<Saved> {
         let (z, v, w0) = (z.tensor::<3>(), v.tensor::<3>(), w0.tensor::<2>());
         let spec = &self.spec;
+        #[cfg(feature = "cuda")]
+        if spec.clip.is_none() {
+            let pieces = self.all_pieces();
+            let shape = crate::cuda::ttt::Shape {
+                pieces: &pieces,
+                lr: spec.lr,
+            };
+            if let Some(done) = crate::cuda::ttt::forward(&z, &v, &w0, &shape) {
+                return Forward {
+                    output: done.output.into(),
+                    extra: vec![done.norms.max().into()],
+                    saved: Saved {
+                        z,
+                        v,
+                        w0,
+                        last: done.last,
+                    },
+                };
+            }
+        }
         let mut outputs = vec![];
         let mut last = vec![];
-        let mut norms = vec![Tensor::<1>::zeros([1], (&z.device(), crate::dtype::wide(z.dtype())))];
+        let mut norms = vec![Tensor::<1>::zeros(
+            [1],
+            (&z.device(), crate::dtype::wide(z.dtype())),
+        )];
         for row in 0..z.dims()[0] {
             let mut state: Option<Tensor<2>> = None;
             let mut row_output = vec![];
@@ -157,6 +186,18 @@ impl Function<3> for FastWeightScan {
         let Saved { z, v, w0, mut last } = saved;
         let dy = grad.tensor::<3>();
         let (lr, dtype) = (self.spec.lr, z.dtype());
+        #[cfg(feature = "cuda")]
+        {
+            let pieces = self.all_pieces();
+            let shape = crate::cuda::ttt::Shape {
+                pieces: &pieces,
+                lr,
+            };
+            let done = crate::cuda::ttt::backward(&z, &v, &w0, &mut last, &dy, &shape);
+            if let Some((dz, dv, dw0)) = done {
+                return [Some(dz.into()), Some(dv.into()), Some(dw0.into())];
+            }
+        }
         let (mut dzs, mut dvs) = (vec![], vec![]);
         for row in 0..z.dims()[0] {
             let mut state = last[row].take();

@@ -1,0 +1,343 @@
+//! Matrix products through cuBLASLt.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+
+use burn::tensor::{DType, Tensor};
+use cudarc::cublaslt::{result as lt, sys};
+
+use super::stream::{Buffer, Context};
+
+/// cuBLAS's advice for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+/// Row-major `[rows, columns]` at a device address, or the transpose of one.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    /// Address of the first element.
+    pub at: u64,
+    /// Rows, as used.
+    pub rows: usize,
+    /// Columns, as used.
+    pub columns: usize,
+    /// Elements between neighbouring rows (columns, if transposed) in memory.
+    pub ld: usize,
+    /// Whether memory holds the transpose.
+    pub transposed: bool,
+    /// bf16 or f32.
+    pub dtype: DType,
+    /// Number of such matrices, and the elements from one to the next.
+    pub batch: (usize, usize),
+}
+
+impl Matrix {
+    /// A dense matrix at `at`.
+    pub fn new(at: u64, rows: usize, columns: usize, dtype: DType) -> Self {
+        Self {
+            at,
+            rows,
+            columns,
+            ld: columns,
+            transposed: false,
+            dtype,
+            batch: (1, 0),
+        }
+    }
+
+    /// The transpose, without a copy.
+    pub fn t(self) -> Self {
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            transposed: !self.transposed,
+            ..self
+        }
+    }
+
+    /// `count` matrices, `stride` elements apart.
+    pub fn batched(self, count: usize, stride: usize) -> Self {
+        Self {
+            batch: (count, stride),
+            ..self
+        }
+    }
+}
+
+/// A tensor as a matrix whose address is not known yet.
+#[derive(Clone, Debug)]
+pub struct Operand {
+    /// The memory.
+    pub buffer: Buffer,
+    rows: usize,
+    columns: usize,
+    ld: usize,
+    transposed: bool,
+}
+
+impl Operand {
+    /// `tensor` `[rows, columns]`, transposed views as they lie; `None` on another backend.
+    pub fn of(tensor: &Tensor<2>) -> Option<Self> {
+        let buffer = Buffer::strided(tensor)?;
+        let (dims, strides) = (buffer.dims(), buffer.strides());
+        let (rows, columns) = (dims[0], dims[1]);
+        let (ld, transposed) = match (strides[0], strides[1]) {
+            (ld, 1) if ld >= columns => (ld, false),
+            (1, ld) if ld >= rows => (ld, true),
+            _ => {
+                let buffer = Buffer::of(tensor)?;
+                return Some(Self {
+                    buffer,
+                    rows,
+                    columns,
+                    ld: columns,
+                    transposed: false,
+                });
+            }
+        };
+        Some(Self {
+            buffer,
+            rows,
+            columns,
+            ld,
+            transposed,
+        })
+    }
+
+    /// The matrix at its address.
+    pub fn at(&self, at: u64) -> Matrix {
+        Matrix {
+            at,
+            rows: self.rows,
+            columns: self.columns,
+            ld: self.ld,
+            transposed: self.transposed,
+            dtype: self.buffer.dtype(),
+            batch: (1, 0),
+        }
+    }
+}
+
+/// What a plan depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    m: usize,
+    n: usize,
+    k: usize,
+    a: (usize, bool, usize, DType),
+    b: (usize, bool, usize, DType),
+    c: (usize, usize, DType),
+    batch: usize,
+    accumulates: bool,
+    /// Addresses are multiples of 16: what the fast kernels want.
+    aligned: bool,
+}
+
+struct Plan {
+    desc: sys::cublasLtMatmulDesc_t,
+    a: sys::cublasLtMatrixLayout_t,
+    b: sys::cublasLtMatrixLayout_t,
+    c: sys::cublasLtMatrixLayout_t,
+    algo: sys::cublasLtMatmulAlgo_t,
+}
+
+/// The library handle, the workspace and the plans of the device thread.
+#[derive(Default)]
+pub struct Gemms {
+    opened: Option<(sys::cublasLtHandle_t, u64)>,
+    plans: HashMap<Key, Plan>,
+}
+
+fn failed(what: &str) -> impl Fn(lt::CublasError) -> String + '_ {
+    move |e| format!("cuBLASLt {what}: {e}")
+}
+
+impl Gemms {
+    fn opened(&mut self) -> Result<(sys::cublasLtHandle_t, u64), String> {
+        if let Some(opened) = self.opened {
+            return Ok(opened);
+        }
+        // SAFETY: only asks whether the library can be opened.
+        if !unsafe { sys::is_culib_present() } {
+            return Err("libcublasLt was not found: install CUDA's cuBLAS or the wheel nvidia-cublas and put its folder on LD_LIBRARY_PATH".into());
+        }
+        let handle = lt::create_handle().map_err(failed("create"))?;
+        // SAFETY: a context is current on the device thread; the memory is kept for good.
+        let workspace = unsafe { cudarc::driver::result::malloc_sync(WORKSPACE) }
+            .map_err(|e| format!("cuBLASLt workspace of {WORKSPACE} bytes: {e}"))?;
+        Ok(*self.opened.insert((handle, workspace)))
+    }
+
+    fn plan(&mut self, handle: sys::cublasLtHandle_t, key: Key) -> Result<&Plan, String> {
+        use std::collections::hash_map::Entry;
+        match self.plans.entry(key) {
+            Entry::Occupied(found) => Ok(found.into_mut()),
+            Entry::Vacant(free) => Ok(free.insert(new_plan(handle, key)?)),
+        }
+    }
+}
+
+fn data_type(dtype: DType) -> Result<sys::cudaDataType, String> {
+    match dtype {
+        DType::BF16 => Ok(sys::cudaDataType::CUDA_R_16BF),
+        DType::F32 => Ok(sys::cudaDataType::CUDA_R_32F),
+        other => Err(format!("no GEMM for {other:?}")),
+    }
+}
+
+fn set<T>(
+    desc: sys::cublasLtMatmulDesc_t,
+    attribute: sys::cublasLtMatmulDescAttributes_t,
+    value: T,
+) -> Result<(), String> {
+    // SAFETY: the attribute's value has type T.
+    unsafe {
+        lt::set_matmul_desc_attribute(desc, attribute, (&raw const value).cast(), size_of::<T>())
+    }
+    .map_err(failed("descriptor"))
+}
+
+/// `batch` matrices of `rows` × `columns` elements in column-major terms.
+fn layout(
+    dtype: DType,
+    (rows, columns): (usize, usize),
+    ld: usize,
+    batch: usize,
+    stride: usize,
+) -> Result<sys::cublasLtMatrixLayout_t, String> {
+    use sys::cublasLtMatrixLayoutAttribute_t::*;
+    let layout =
+        lt::create_matrix_layout(data_type(dtype)?, rows as u64, columns as u64, ld as i64)
+            .map_err(failed("layout"))?;
+    if batch > 1 {
+        let (batch, stride) = (batch as i32, stride as i64);
+        // SAFETY: the attributes are an i32 and an i64.
+        unsafe {
+            lt::set_matrix_layout_attribute(
+                layout,
+                CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
+                (&raw const batch).cast(),
+                4,
+            )
+            .map_err(failed("layout"))?;
+            lt::set_matrix_layout_attribute(
+                layout,
+                CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                (&raw const stride).cast(),
+                8,
+            )
+            .map_err(failed("layout"))?;
+        }
+    }
+    Ok(layout)
+}
+
+/// cuBLASLt is column-major: row-major C = A B is its Cᵀ = Bᵀ Aᵀ, with B as first operand.
+fn new_plan(handle: sys::cublasLtHandle_t, key: Key) -> Result<Plan, String> {
+    use sys::cublasLtMatmulDescAttributes_t::*;
+    let desc = lt::create_matmul_desc(
+        sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+        sys::cudaDataType::CUDA_R_32F,
+    )
+    .map_err(failed("descriptor"))?;
+    let (a_ld, a_t, a_stride, a_type) = key.a;
+    let (b_ld, b_t, b_stride, b_type) = key.b;
+    let (c_ld, c_stride, c_type) = key.c;
+    set(desc, CUBLASLT_MATMUL_DESC_TRANSA, i32::from(b_t))?;
+    set(desc, CUBLASLT_MATMUL_DESC_TRANSB, i32::from(a_t))?;
+    let swap = |rows, columns, t: bool| if t { (columns, rows) } else { (rows, columns) };
+    let first = layout(b_type, swap(key.n, key.k, b_t), b_ld, key.batch, b_stride)?;
+    let second = layout(a_type, swap(key.k, key.m, a_t), a_ld, key.batch, a_stride)?;
+    let out = layout(c_type, (key.n, key.m), c_ld, key.batch, c_stride)?;
+    let preference = lt::create_matmul_pref().map_err(failed("preference"))?;
+    let workspace = WORKSPACE;
+    let alignment: u32 = if key.aligned { 16 } else { 2 };
+    use sys::cublasLtMatmulPreferenceAttributes_t::*;
+    // SAFETY: the attributes are a usize and four u32; the objects live.
+    let found = unsafe {
+        lt::set_matmul_pref_attribute(
+            preference,
+            CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            (&raw const workspace).cast(),
+            size_of::<usize>(),
+        )
+        .map_err(failed("preference"))?;
+        for which in [
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        ] {
+            lt::set_matmul_pref_attribute(preference, which, (&raw const alignment).cast(), 4)
+                .map_err(failed("preference"))?;
+        }
+        lt::get_matmul_algo_heuristic(handle, desc, first, second, out, out, preference)
+    }
+    .map_err(|e| {
+        format!(
+            "cuBLASLt has no algorithm for {}×{}×{} ({a_type:?}, {b_type:?} → {c_type:?}): {e}",
+            key.m, key.n, key.k
+        )
+    })?;
+    // SAFETY: not used again.
+    let _ = unsafe { lt::destroy_matmul_pref(preference) };
+    Ok(Plan {
+        desc,
+        a: first,
+        b: second,
+        c: out,
+        algo: found.algo,
+    })
+}
+
+impl Context<'_> {
+    /// C ← alpha · A B + beta · C, sums in f32: `[m, k] · [k, n] → [m, n]`. C must not be transposed.
+    pub fn gemm(
+        &mut self,
+        a: Matrix,
+        b: Matrix,
+        c: Matrix,
+        alpha: f32,
+        beta: f32,
+    ) -> Result<(), String> {
+        if a.columns != b.rows || (c.rows, c.columns) != (a.rows, b.columns) || c.transposed {
+            return Err(format!("GEMM of unfit matrices: {a:?} · {b:?} → {c:?}"));
+        }
+        let key = Key {
+            m: a.rows,
+            n: b.columns,
+            k: a.columns,
+            a: (a.ld, a.transposed, a.batch.1, a.dtype),
+            b: (b.ld, b.transposed, b.batch.1, b.dtype),
+            c: (c.ld, c.batch.1, c.dtype),
+            batch: c.batch.0,
+            accumulates: beta != 0.0,
+            aligned: [a.at, b.at, c.at].iter().all(|at| at % 16 == 0),
+        };
+        let (handle, workspace) = self.gemms.opened()?;
+        let stream = self.stream;
+        let plan = self.gemms.plan(handle, key)?;
+        // SAFETY: the plan's objects live; the addresses belong to buffers that the caller holds and
+        // whose extents the layouts describe; all work is on one stream, so the workspace is free.
+        unsafe {
+            lt::matmul(
+                handle,
+                plan.desc,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                b.at as *const c_void,
+                plan.a,
+                a.at as *const c_void,
+                plan.b,
+                c.at as *const c_void,
+                plan.c,
+                c.at as *mut c_void,
+                plan.c,
+                &plan.algo,
+                workspace as *mut c_void,
+                WORKSPACE,
+                stream.cast(),
+            )
+        }
+        .map_err(failed("matmul"))
+    }
+}

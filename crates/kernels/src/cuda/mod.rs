@@ -1,0 +1,21 @@
+//! CUDA forms of the operations, on the very stream that Burn uses.
+//!
+//! [`stream`] is the one file that names CubeCL's internals. GEMM is cuBLASLt's, attention cuDNN's, the
+//! rest are kernels of our own in CUDA C++ (`source/`), compiled for the present GPU at run time and
+//! cached. Every function here returns `None` where it has no form for the given tensors (another
+//! backend, another precision, an odd width); the caller then takes the reference form.
+
+pub mod adamw;
+pub mod attention;
+pub mod compile;
+pub mod cross_entropy;
+pub mod cudnn;
+pub mod embedding;
+pub mod gemm;
+pub mod linear;
+pub mod norm;
+pub mod pointwise;
+pub mod stream;
+pub mod ttt;
+
+pub use stream::{Arg, Buffer, Context, on_stream};

@@ -1,0 +1,97 @@
+// SwiGLU, rotary embedding, casts. n8: vectors of eight elements; what is left is done singly.
+
+__device__ __forceinline__ float sigmoid(float x) {
+    return 1.f / (1.f + __expf(-x));
+}
+
+extern "C" __global__ void swiglu_forward(u16 *z, const u16 *gate, const u16 *up, u64 n8, u64 n) {
+    const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    for (u64 i = first; i < n8; i += stride) {
+        const F8 g = load8(gate + 8 * i), u = load8(up + 8 * i);
+        F8 r;
+#pragma unroll
+        for (int j = 0; j < 8; j++) r.v[j] = g.v[j] * sigmoid(g.v[j]) * u.v[j];
+        store8(z + 8 * i, r);
+    }
+    for (u64 i = 8 * n8 + first; i < n; i += stride) {
+        const float g = widen(gate[i]);
+        z[i] = narrow(g * sigmoid(g) * widen(up[i]));
+    }
+}
+
+__device__ __forceinline__ void swiglu_slope(float g, float u, float dz, float &dg, float &du) {
+    const float s = sigmoid(g), silu = g * s;
+    dg = dz * u * (s + silu * (1.f - s));
+    du = dz * silu;
+}
+
+extern "C" __global__ void swiglu_backward(u16 *dgate, u16 *dup, const u16 *gate, const u16 *up, const u16 *dz, u64 n8, u64 n) {
+    const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    for (u64 i = first; i < n8; i += stride) {
+        const F8 g = load8(gate + 8 * i), u = load8(up + 8 * i), d = load8(dz + 8 * i);
+        F8 a, b;
+#pragma unroll
+        for (int j = 0; j < 8; j++) swiglu_slope(g.v[j], u.v[j], d.v[j], a.v[j], b.v[j]);
+        store8(dgate + 8 * i, a);
+        store8(dup + 8 * i, b);
+    }
+    for (u64 i = 8 * n8 + first; i < n; i += stride) {
+        float a, b;
+        swiglu_slope(widen(gate[i]), widen(up[i]), widen(dz[i]), a, b);
+        dgate[i] = narrow(a);
+        dup[i] = narrow(b);
+    }
+}
+
+// x, y: [B, N, H, E] bf16; cosine, sine: [N, E/2] f32. Eight channel pairs per thread; E/2 a multiple of 8.
+extern "C" __global__ void rope(u16 *y, const u16 *x, const float *cosine, const float *sine, u64 vectors, int tokens, int heads, int half, float sign) {
+    const u64 stride = (u64)gridDim.x * blockDim.x;
+    const int per_head = half / 8;
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < vectors; i += stride) {
+        const int j = (int)(i % per_head) * 8;
+        const u64 head = i / per_head;
+        const u64 token = head / heads % tokens;
+        const u64 at = head * 2 * half + j;
+        const F8 a = load8(x + at), b = load8(x + at + half);
+        const F8 c = load8(cosine + token * half + j), s = load8(sine + token * half + j);
+        F8 p, q;
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const float t = s.v[k] * sign;
+            p.v[k] = a.v[k] * c.v[k] - b.v[k] * t;
+            q.v[k] = b.v[k] * c.v[k] + a.v[k] * t;
+        }
+        store8(y + at, p);
+        store8(y + at + half, q);
+    }
+}
+
+// y = bf16(base + factor · x), base f32 or bf16 or absent, x f32.
+extern "C" __global__ void scaled_sum(u16 *y, const void *base, int base_kind, const float *x, float factor, u64 n8, u64 n) {
+    const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    for (u64 i = first; i < n8; i += stride) {
+        F8 r = load8(x + 8 * i);
+        F8 b = {};
+        if (base_kind) b = load8_as(base, 8 * i, base_kind == 2);
+#pragma unroll
+        for (int j = 0; j < 8; j++) r.v[j] = b.v[j] + factor * r.v[j];
+        store8(y + 8 * i, r);
+    }
+    for (u64 i = 8 * n8 + first; i < n; i += stride) {
+        const float b = base_kind == 2 ? ((const float *)base)[i] : base_kind == 1 ? widen(((const u16 *)base)[i]) : 0.f;
+        y[i] = narrow(b + factor * x[i]);
+    }
+}
+
+// y = a + b, bf16.
+extern "C" __global__ void add(u16 *y, const u16 *a, const u16 *b, u64 n8, u64 n) {
+    const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    for (u64 i = first; i < n8; i += stride) {
+        F8 p = load8(a + 8 * i);
+        const F8 q = load8(b + 8 * i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) p.v[j] += q.v[j];
+        store8(y + 8 * i, p);
+    }
+    for (u64 i = 8 * n8 + first; i < n; i += stride) y[i] = narrow(widen(a[i]) + widen(b[i]));
+}

@@ -1,0 +1,78 @@
+// RMSNorm. x, y, dx, dy: [rows, K] bf16, K a multiple of 8 and at most 8192.
+//
+// A group of threads, eight columns each, walks over rows: the whole block where K > 256, else one
+// warp of it. The row stays in registers between the statistic and the result.
+
+template <bool WARP> __device__ __forceinline__ float group_sum(float x, float *shared) {
+    return WARP ? warp_sum(x) : block_sum(x, shared);
+}
+
+template <bool WARP>
+__device__ void norm_forward(u16 *y, const u16 *x, const void *w, int w_f32, int rows, int k, float eps) {
+    __shared__ float shared[32];
+    const int per_block = WARP ? blockDim.x / 32 : 1;
+    const int group = blockIdx.x * per_block + (WARP ? threadIdx.x / 32 : 0), groups = gridDim.x * per_block;
+    const int c = 8 * (WARP ? threadIdx.x % 32 : threadIdx.x);
+    const bool in = c < k;
+    F8 gain = {};
+    if (in) gain = load8_as(w, c, w_f32);
+    for (int row = group; row < rows; row += groups) {
+        F8 v = {};
+        if (in) v = load8(x + (u64)row * k + c);
+        float s = 0.f;
+#pragma unroll
+        for (int j = 0; j < 8; j++) s += v.v[j] * v.v[j];
+        const float r = rsqrtf(group_sum<WARP>(s, shared) / k + eps);
+#pragma unroll
+        for (int j = 0; j < 8; j++) v.v[j] *= r * gain.v[j];
+        if (in) store8(y + (u64)row * k + c, v);
+    }
+}
+
+extern "C" __global__ void rms_norm_forward_warp(u16 *y, const u16 *x, const void *w, int w_f32, int rows, int k, float eps) {
+    norm_forward<true>(y, x, w, w_f32, rows, k, eps);
+}
+
+extern "C" __global__ void rms_norm_forward_block(u16 *y, const u16 *x, const void *w, int w_f32, int rows, int k, float eps) {
+    norm_forward<false>(y, x, w, w_f32, rows, k, eps);
+}
+
+// With x̂ = x r: dx = r (w dy − x̂ mean(w dy x̂)); partial[group] = Σ over the group's rows of dy x̂.
+template <bool WARP>
+__device__ void norm_backward(u16 *dx, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, int rows, int k, float eps) {
+    __shared__ float shared[32];
+    __shared__ float shared2[32];
+    const int per_block = WARP ? blockDim.x / 32 : 1;
+    const int group = blockIdx.x * per_block + (WARP ? threadIdx.x / 32 : 0), groups = gridDim.x * per_block;
+    const int c = 8 * (WARP ? threadIdx.x % 32 : threadIdx.x);
+    const bool in = c < k;
+    F8 gain = {}, sum = {};
+    if (in) gain = load8_as(w, c, w_f32);
+    for (int row = group; row < rows; row += groups) {
+        F8 v = {}, d = {};
+        if (in) v = load8(x + (u64)row * k + c), d = load8(dy + (u64)row * k + c);
+        float s = 0.f, t = 0.f;
+#pragma unroll
+        for (int j = 0; j < 8; j++) s += v.v[j] * v.v[j], t += v.v[j] * d.v[j] * gain.v[j];
+        s = group_sum<WARP>(s, shared);
+        t = group_sum<WARP>(t, shared2);
+        const float r = rsqrtf(s / k + eps);
+        const float along = r * r * r * t / k;
+        F8 g;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            sum.v[j] += d.v[j] * v.v[j] * r;
+            g.v[j] = r * d.v[j] * gain.v[j] - v.v[j] * along;
+        }
+        if (in) store8(dx + (u64)row * k + c, g);
+    }
+    if (in) store8(partial + (u64)group * k + c, sum);
+}
+
+extern "C" __global__ void rms_norm_backward_warp(u16 *dx, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, int rows, int k, float eps) {
+    norm_backward<true>(dx, partial, x, w, w_f32, dy, rows, k, eps);
+}
+
+extern "C" __global__ void rms_norm_backward_block(u16 *dx, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, int rows, int k, float eps) {
+    norm_backward<false>(dx, partial, x, w, w_f32, dy, rows, k, eps);
+}

@@ -1,0 +1,53 @@
+// Flat AdamW and the sum of squares.
+
+struct AdamW {
+    float beta1, beta2, eps, lr, decay; // decay: 1 − lr λ
+    float correction1, correction2;     // 1 − βᵗ
+};
+
+__device__ __forceinline__ void adamw_one(float &w, float &m, float &v, float g, float decay, const AdamW &h) {
+    m = h.beta1 * m + (1.f - h.beta1) * g;
+    v = h.beta2 * v + (1.f - h.beta2) * g * g;
+    w = w * decay - h.lr * (m / h.correction1) / (sqrtf(v / h.correction2) + h.eps);
+}
+
+// Outputs may be the inputs. With keep[0] = 0 they are copied, whatever the gradient holds.
+extern "C" __global__ void adamw(float *wo, float *mo, float *vo, const float *wi, const float *mi, const float *vi, const float *grad, const float *scale, const float *keep, u64 n, u64 decay_begin, u64 decay_end, AdamW h) {
+    const float factor = *scale;
+    const bool apply = *keep != 0.f;
+    const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 n4 = n / 4;
+    for (u64 i = first; i < n4; i += stride) {
+        float4 w = ((const float4 *)wi)[i], m = ((const float4 *)mi)[i], v = ((const float4 *)vi)[i];
+        const float4 g = ((const float4 *)grad)[i];
+        if (apply) {
+            float *ws = &w.x, *ms = &m.x, *vs = &v.x;
+            const float gs[4] = {g.x, g.y, g.z, g.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const u64 at = 4 * i + j;
+                adamw_one(ws[j], ms[j], vs[j], gs[j] * factor, at >= decay_begin && at < decay_end ? h.decay : 1.f, h);
+            }
+        }
+        ((float4 *)wo)[i] = w, ((float4 *)mo)[i] = m, ((float4 *)vo)[i] = v;
+    }
+    for (u64 i = 4 * n4 + first; i < n; i += stride) {
+        float w = wi[i], m = mi[i], v = vi[i];
+        if (apply) adamw_one(w, m, v, grad[i] * factor, i >= decay_begin && i < decay_end ? h.decay : 1.f, h);
+        wo[i] = w, mo[i] = m, vo[i] = v;
+    }
+}
+
+// partial[block] = Σ x²; sum_partials adds the blocks.
+extern "C" __global__ void square_sum(float *partial, const float *x, u64 n) {
+    __shared__ float shared[32];
+    const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    float s = 0.f;
+    for (u64 i = first; i < n / 4; i += stride) {
+        const float4 v = ((const float4 *)x)[i];
+        s += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    for (u64 i = n / 4 * 4 + first; i < n; i += stride) s += x[i] * x[i];
+    s = block_sum(s, shared);
+    if (threadIdx.x == 0) partial[blockIdx.x] = s;
+}

@@ -1,0 +1,276 @@
+//! The operations with sizes that no tile divides.
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+
+use super::compare::{Comparison, Op};
+use crate::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
+use crate::testing::{normal, relative_error};
+use crate::ttt::{ScanSpec, chunk_conv, fast_weight_scan};
+use crate::{
+    AttentionSpec, Packing, attention, embedding, linear, linear_cross_entropy, rms_norm, rope,
+    swiglu,
+};
+
+/// One rounding to bf16 (2⁻⁹ at most, 2⁻⁹/√3 typically) with room for a second one.
+const ROUNDED: f64 = 4e-3;
+
+/// Several roundings on the way: the probabilities of attention, the weights of the scan.
+const CHAIN: f64 = 1.2e-2;
+
+fn op(
+    name: &str,
+    inputs: &[(usize, f64)],
+    bound: f64,
+    run: impl Fn(&[Tensor<1>]) -> Tensor<1> + 'static,
+) -> Op {
+    Op {
+        name: name.into(),
+        inputs: inputs.to_vec(),
+        bound,
+        run: Box::new(run),
+    }
+}
+
+fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
+    let count = tensor.dims().iter().product::<usize>();
+    tensor.reshape([count])
+}
+
+/// Packed rows of `length` tokens: the first row in three documents, the others whole.
+fn packed(rows: usize, length: usize) -> Packing {
+    let mut starts = vec![vec![0]; rows];
+    starts[0] = vec![0, length / 5, length / 2 + 1];
+    Packing::new(length, starts).unwrap_or_else(|_| Packing::whole_rows(rows, length))
+}
+
+/// Every operation.
+pub fn all() -> Vec<Op> {
+    let mut all = vec![
+        op(
+            "linear 193×96 → 136",
+            &[(193 * 96, 1.0), (136 * 96, 0.1)],
+            ROUNDED,
+            |x| {
+                let t: Tensor<2> = x[0].clone().reshape([193, 96]);
+                flat(linear(t, x[1].clone().reshape([136, 96])))
+            },
+        ),
+        op(
+            "linear, transposed weight",
+            &[(77 * 64, 1.0), (64 * 64, 0.1)],
+            ROUNDED,
+            |x| {
+                let t: Tensor<2> = x[0].clone().reshape([77, 64]);
+                let w: Tensor<2> = x[1].clone().reshape([64, 64]);
+                flat(linear(t, w.transpose()))
+            },
+        ),
+        op(
+            "swiglu, 1003 elements",
+            &[(1003, 1.0), (1003, 1.0)],
+            ROUNDED,
+            |x| swiglu(x[0].clone(), x[1].clone()),
+        ),
+        rope_case(2, 33, 3, 64),
+        rope_case(1, 70, 2, 128),
+        op(
+            "cross-entropy 67×64, 1000 classes",
+            &[(67 * 64, 1.0), (1000 * 64, 0.2)],
+            ROUNDED * 2.0,
+            |x| {
+                let ids = (0..67).map(|i| if i % 7 == 3 { -1 } else { i * 131 % 1000 });
+                let labels = ints(ids.collect(), &plain(&x[0]));
+                let h: Tensor<2> = x[0].clone().reshape([67, 64]);
+                linear_cross_entropy(h, x[1].clone().reshape([1000, 64]), labels, 0.5)
+            },
+        ),
+        op(
+            "embedding, 50 rows of 64",
+            &[(50 * 64, 1.0)],
+            ROUNDED,
+            |x| {
+                let ids = ints((0..310).map(|i| i * i % 41).collect(), &plain(&x[0]));
+                let dtype = x[0].dtype();
+                flat(embedding(
+                    ids.reshape([2, 155]),
+                    x[0].clone().reshape([50, 64]),
+                    dtype,
+                ))
+            },
+        ),
+    ];
+    for (rows, width) in [(37, 1024), (501, 128), (9, 2560), (5, 8192)] {
+        let name = format!("rms_norm {rows}×{width}");
+        let run = move |x: &[Tensor<1>]| {
+            let t: Tensor<2> = x[0].clone().reshape([rows, width]);
+            flat(rms_norm(t, x[1].clone(), 1e-6))
+        };
+        all.push(op(
+            &name,
+            &[(rows * width, 1.0), (width, 1.0)],
+            ROUNDED,
+            run,
+        ));
+    }
+    for (name, packing) in [
+        ("whole rows", Packing::whole_rows(2, 70)),
+        ("documents", packed(2, 70)),
+    ] {
+        let rows = packing.clone();
+        let run = move |x: &[Tensor<1>]| {
+            let t: Tensor<3> = x[0].clone().reshape([2, 70, 64]);
+            flat(chunk_conv(t, x[1].clone().reshape([64, 1, 5]), &rows, 16))
+        };
+        let inputs = [(2 * 70 * 64, 1.0), (64 * 5, 1.0)];
+        all.push(op(&format!("convolution, {name}"), &inputs, ROUNDED, run));
+        let run = move |x: &[Tensor<1>]| {
+            let z: Tensor<3> = x[0].clone().reshape([2, 70, 48]);
+            let v: Tensor<3> = x[1].clone().reshape([2, 70, 40]);
+            let spec = ScanSpec {
+                lr: 0.3,
+                chunk: 16,
+                clip: None,
+                packing: packing.clone(),
+            };
+            flat(fast_weight_scan(z, v, x[2].clone().reshape([40, 48]), spec).output)
+        };
+        let inputs = [(2 * 70 * 48, 1.0), (2 * 70 * 40, 0.1), (40 * 48, 0.3)];
+        all.push(op(&format!("TTT scan, {name}"), &inputs, CHAIN, run));
+    }
+    let whole = |rows, length| Some(Packing::whole_rows(rows, length));
+    all.push(attention_case(
+        "causal",
+        [2, 200, 4, 2, 64],
+        None,
+        whole(2, 200),
+    ));
+    all.push(attention_case("causal", [1, 256, 2, 2, 128], None, None));
+    all.push(attention_case(
+        "window 48",
+        [2, 200, 4, 4, 64],
+        Some(48),
+        whole(2, 200),
+    ));
+    all.push(attention_case(
+        "window 100, groups",
+        [1, 333, 4, 1, 128],
+        Some(100),
+        None,
+    ));
+    all.push(attention_case(
+        "documents",
+        [2, 200, 4, 2, 64],
+        None,
+        Some(packed(2, 200)),
+    ));
+    all.push(attention_case(
+        "documents, window 30",
+        [2, 131, 2, 2, 128],
+        Some(30),
+        Some(packed(2, 131)),
+    ));
+    all
+}
+
+fn rope_case(batch: usize, tokens: usize, heads: usize, size: usize) -> Op {
+    let name = format!("rope {batch}×{tokens}×{heads}×{size}");
+    let count = batch * tokens * heads * size;
+    op(&name, &[(count, 1.0)], ROUNDED, move |x| {
+        let table = |of: fn(f64) -> f64| -> Tensor<2> {
+            let angles = (0..tokens * size / 2).map(|i| of(0.37 * i as f64) as f32);
+            let data = TensorData::new(angles.collect::<Vec<f32>>(), [tokens, size / 2]);
+            Tensor::from_data(data, (&plain(&x[0]), DType::F32))
+        };
+        let t: Tensor<4> = x[0].clone().reshape([batch, tokens, heads, size]);
+        flat(rope(t, table(f64::cos), table(f64::sin)))
+    })
+}
+
+fn attention_case(
+    name: &str,
+    [batch, tokens, heads, groups, size]: [usize; 5],
+    window: Option<usize>,
+    packing: Option<Packing>,
+) -> Op {
+    let name = format!("attention {name}, {batch}×{tokens}, heads {heads}/{groups}×{size}");
+    let (q, kv) = (
+        batch * tokens * heads * size,
+        batch * tokens * groups * size,
+    );
+    op(&name, &[(q, 1.0), (kv, 1.0), (kv, 1.0)], CHAIN, move |x| {
+        let spec = AttentionSpec {
+            window,
+            scale: (size as f64).powf(-0.5),
+            query_offset: 0,
+            packing: packing.clone(),
+        };
+        let shaped = |i: usize, h: usize| x[i].clone().reshape([batch, tokens, h, size]);
+        flat(attention(
+            shaped(0, heads),
+            shaped(1, groups),
+            shaped(2, groups),
+            spec,
+        ))
+    })
+}
+
+/// Where constants that go with `x` live.
+fn plain(x: &Tensor<1>) -> Device {
+    x.device().without_autodiff()
+}
+
+fn ints(ids: Vec<i64>, device: &Device) -> Tensor<1, Int> {
+    let count = ids.len();
+    Tensor::from_data(TensorData::new(ids, [count]), device)
+}
+
+/// AdamW in f32 on both sides, a skipped step with NaN, and the sum of squares.
+pub fn optimizer(device: &Device) -> Vec<Comparison> {
+    let run = |device: &Device, poisoned: bool| -> [Tensor<1>; 4] {
+        let t = |seed| -> Tensor<1> { normal([100_003], 1.0, seed, device, DType::F32) };
+        let scalar =
+            |x: f32| Tensor::from_data(TensorData::new(vec![x], [1]), (device, DType::F32));
+        let hyper = AdamW {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+        };
+        let moments = Moments {
+            first: t(2),
+            second: t(3).square(),
+        };
+        let grad = if poisoned { t(4) * f32::NAN } else { t(4) };
+        let sum = square_sum(t(4));
+        let keep = if poisoned { 0.0 } else { 1.0 };
+        let (w, m) = adamw_step(
+            t(1),
+            moments,
+            grad,
+            5..70_001,
+            1e-2,
+            7,
+            scalar(0.5),
+            scalar(keep),
+            &hyper,
+        );
+        [w, m.first, m.second, sum]
+    };
+    let host = Device::flex();
+    let mut all = vec![];
+    for (name, poisoned) in [("AdamW", false), ("AdamW, skipped", true)] {
+        let (ours, reference) = (run(device, poisoned), run(&host, poisoned));
+        for (part, (a, b)) in ["weights", "mean", "square", "Σ g²"]
+            .iter()
+            .zip(ours.iter().zip(&reference))
+        {
+            all.push(Comparison {
+                name: format!("{name}: {part}"),
+                error: relative_error(a, b),
+                // A few f32 roundings; a sum of 10⁵ terms in another order.
+                bound: 1e-5,
+            });
+        }
+    }
+    all
+}

@@ -1,0 +1,27 @@
+//! What the machine offers, and whether every CUDA operation computes what its reference does.
+
+mod cases;
+mod compare;
+mod system;
+
+pub use compare::{Comparison, Op, compare};
+pub use system::{Finding, system};
+
+use burn::tensor::Device;
+
+/// Every operation once on `device` against its reference on the CPU, `report`ed as it is done.
+/// Returns whether all agree.
+pub fn check(device: &Device, mut report: impl FnMut(&Comparison)) -> bool {
+    let mut sound = true;
+    for case in cases::all() {
+        for comparison in compare(&case, device) {
+            sound &= comparison.passed();
+            report(&comparison);
+        }
+    }
+    for comparison in cases::optimizer(device) {
+        sound &= comparison.passed();
+        report(&comparison);
+    }
+    sound
+}
