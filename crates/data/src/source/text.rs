@@ -6,7 +6,6 @@ use std::sync::Arc;
 use super::decompress;
 use super::discover::InputFile;
 use super::read::{Content, Event, RawDocument, ReadOptions, Sink};
-use crate::tokenizer::Seams;
 use crate::{BadRecords, DataError};
 
 /// So many bytes at the head of a file decide whether it is binary: a zero byte says so.
@@ -193,8 +192,8 @@ pub(crate) const PIECE_BYTES: usize = 128 << 10;
 
 /// Cuts `text` into pieces for the tokenizer; joined they are `text` again.
 ///
-/// Cuts lie at seams ([`Seams`]), where the usual pre-tokenizers cut as well: the ids are those of the whole text. Text
-/// without a seam in half a piece is cut anywhere between characters.
+/// Cuts lie before a single space or after a single line feed between visible ASCII characters, where the usual
+/// pre-tokenizers cut as well: the ids are those of the whole text. Text without such a place in half a piece is cut anywhere between characters.
 pub(crate) fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -211,10 +210,17 @@ fn piece_end(text: &str, limit: usize) -> usize {
     if text.len() <= limit {
         return text.len();
     }
-    let seams = Seams::default();
+    let bytes = text.as_bytes();
+    let between = |before: usize, after: usize| {
+        bytes[before].is_ascii_graphic() && bytes[after].is_ascii_alphanumeric()
+    };
     (limit / 2..limit)
         .rev()
-        .find(|&at| seams.is_seam(text.as_bytes(), at))
+        .find(|&at| match (bytes[at - 1], bytes[at]) {
+            (_, b' ') => between(at - 1, at + 1),
+            (b'\n', _) => between(at - 2, at),
+            _ => false,
+        })
         .or_else(|| (1..=limit).rev().find(|&at| text.is_char_boundary(at)))
         .unwrap_or(text.len())
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 pub use decode::StreamDecoder;
 pub use train::{TokenizerTraining, train_tokenizer};
-pub(crate) use words::{Encoder, Seams};
+pub(crate) use words::Encoder;
 
 use crate::guard::guarded;
 use crate::source::hub;
