@@ -17,7 +17,7 @@ use burn::backend::autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor, Flex};
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 /// A float tensor of any rank.
 #[derive(Clone, Debug)]
@@ -34,8 +34,13 @@ impl Value {
         tensor
     }
 
+    /// Where the tensor lives. Needs no rank.
+    pub fn device(&self) -> Device {
+        Tensor::<1>::from_dispatch(self.0.clone()).device()
+    }
+
     fn is_autodiff(&self) -> bool {
-        Tensor::<1>::from_dispatch(self.0.clone()).is_autodiff()
+        self.device().is_autodiff()
     }
 }
 

@@ -77,6 +77,27 @@ impl Library {
     }
 }
 
+/// Where a tensor's values come from.
+#[derive(Clone, Copy, PartialEq)]
+enum Role {
+    Memory,
+    Ragged(Raw),
+    Between,
+    BetweenRagged(Raw),
+    Scalar,
+}
+
+/// How many rows, columns and inner elements of a product count in each batch entry.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Extents {
+    /// Rows of a and c.
+    pub m: Option<Node>,
+    /// Columns of b and c.
+    pub n: Option<Node>,
+    /// Columns of a, rows of b.
+    pub k: Option<Node>,
+}
+
 /// A graph under construction.
 pub struct Graph<'a> {
     library: &'a Library,
@@ -102,8 +123,7 @@ impl<'a> Graph<'a> {
         dtype: DataType,
         dims: [i64; 4],
         strides: [i64; 4],
-        is_virtual: bool,
-        by_value: bool,
+        role: Role,
     ) -> Result<Node, String> {
         use Attribute::*;
         let raw = create(Type::CUDNN_BACKEND_TENSOR_DESCRIPTOR)?;
@@ -139,7 +159,7 @@ impl<'a> Graph<'a> {
             Kind::CUDNN_TYPE_INT64,
             &[16i64],
         )?;
-        if is_virtual {
+        if matches!(role, Role::Between | Role::BetweenRagged(_)) {
             set(
                 raw,
                 CUDNN_ATTR_TENSOR_IS_VIRTUAL,
@@ -147,12 +167,20 @@ impl<'a> Graph<'a> {
                 &[true],
             )?;
         }
-        if by_value {
+        if role == Role::Scalar {
             set(
                 raw,
                 CUDNN_ATTR_TENSOR_IS_BY_VALUE,
                 Kind::CUDNN_TYPE_BOOLEAN,
                 &[true],
+            )?;
+        }
+        if let Role::Ragged(offsets) | Role::BetweenRagged(offsets) = role {
+            set(
+                raw,
+                CUDNN_ATTR_TENSOR_RAGGED_OFFSET_DESC,
+                Kind::CUDNN_TYPE_BACKEND_DESCRIPTOR,
+                &[offsets],
             )?;
         }
         finalize(raw, "tensor")?;
@@ -171,7 +199,18 @@ impl<'a> Graph<'a> {
         dims: [i64; 4],
         strides: [i64; 4],
     ) -> Result<Node, String> {
-        self.node(dtype, dims, strides, false, false)
+        self.node(dtype, dims, strides, Role::Memory)
+    }
+
+    /// A tensor in memory whose batch entry b begins at element `offsets[b]`.
+    pub fn ragged(
+        &mut self,
+        dtype: DataType,
+        dims: [i64; 4],
+        strides: [i64; 4],
+        offsets: Node,
+    ) -> Result<Node, String> {
+        self.node(dtype, dims, strides, Role::Ragged(offsets.raw))
     }
 
     /// An intermediate result, dense unless its consumer says otherwise.
@@ -181,12 +220,23 @@ impl<'a> Graph<'a> {
         dims: [i64; 4],
         strides: [i64; 4],
     ) -> Result<Node, String> {
-        self.node(dtype, dims, strides, true, false)
+        self.node(dtype, dims, strides, Role::Between)
+    }
+
+    /// [`Graph::between`] with offsets.
+    pub fn between_ragged(
+        &mut self,
+        dtype: DataType,
+        dims: [i64; 4],
+        strides: [i64; 4],
+        offsets: Node,
+    ) -> Result<Node, String> {
+        self.node(dtype, dims, strides, Role::BetweenRagged(offsets.raw))
     }
 
     /// A scalar f32.
     pub fn scalar(&mut self, value: f32) -> Result<Node, String> {
-        let node = self.node(DataType::CUDNN_DATA_FLOAT, [1; 4], [1; 4], false, true)?;
+        let node = self.node(DataType::CUDNN_DATA_FLOAT, [1; 4], [1; 4], Role::Scalar)?;
         self.scalars.push((node.id, Box::new(value)));
         Ok(node)
     }
@@ -205,8 +255,8 @@ impl<'a> Graph<'a> {
         Ok(())
     }
 
-    /// c = a b.
-    pub fn matmul(&mut self, a: Node, b: Node, c: Node) -> Result<(), String> {
+    /// c = a b, within `extents`.
+    pub fn matmul(&mut self, a: Node, b: Node, c: Node, extents: Extents) -> Result<(), String> {
         use Attribute::*;
         let how = create(Type::CUDNN_BACKEND_MATMUL_DESCRIPTOR)?;
         let f32 = [DataType::CUDNN_DATA_FLOAT];
@@ -218,12 +268,19 @@ impl<'a> Graph<'a> {
         )?;
         finalize(how, "product")?;
         let raw = create(Type::CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR)?;
-        let edges = [
+        let mut edges = vec![
             (CUDNN_ATTR_OPERATION_MATMUL_DESC, how),
             (CUDNN_ATTR_OPERATION_MATMUL_ADESC, a.raw),
             (CUDNN_ATTR_OPERATION_MATMUL_BDESC, b.raw),
             (CUDNN_ATTR_OPERATION_MATMUL_CDESC, c.raw),
         ];
+        for (name, extent) in [
+            (CUDNN_ATTR_OPERATION_MATMUL_GEMM_M_OVERRIDE_DESC, extents.m),
+            (CUDNN_ATTR_OPERATION_MATMUL_GEMM_N_OVERRIDE_DESC, extents.n),
+            (CUDNN_ATTR_OPERATION_MATMUL_GEMM_K_OVERRIDE_DESC, extents.k),
+        ] {
+            edges.extend(extent.map(|node| (name, node.raw)));
+        }
         self.operation(raw, "product", &edges)
     }
 

@@ -26,9 +26,8 @@ impl Function<1> for Seed {
     type Saved = ();
 
     fn forward(&self, [y]: [Value; 1]) -> Forward<()> {
-        let device = y.tensor::<1>().device();
         Forward {
-            output: Tensor::<1>::zeros([1], &device).into(),
+            output: Tensor::<1>::zeros([1], &y.device()).into(),
             extra: vec![],
             saved: (),
         }
