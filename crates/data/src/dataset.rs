@@ -114,6 +114,35 @@ impl Dataset {
         })
     }
 
+    /// Entropy of this split's token frequencies, in nats per token: the loss of a model that knows nothing of context.
+    /// Reads every token; 0 for an empty split.
+    pub fn unigram_entropy(&self) -> Result<f64, DataError> {
+        let mut counts = vec![0u64; self.manifest.vocab_size as usize];
+        let mut tokens = Vec::new();
+        for shard in self.streams.iter().flat_map(|stream| &stream.shards) {
+            for from in (0..shard.tokens()).step_by(1 << 16) {
+                tokens.clear();
+                shard.read_tokens(from, shard.tokens().min(from + (1 << 16)), &mut tokens);
+                for &id in &tokens {
+                    match counts.get_mut(id as usize) {
+                        Some(count) => *count += 1,
+                        None => {
+                            return Err(
+                                shard.corrupt(format!("token {id} is outside the vocabulary"))
+                            );
+                        }
+                    }
+                }
+            }
+        }
+        let total = self.tokens() as f64;
+        let used = counts.into_iter().filter(|&count| count > 0);
+        Ok(used
+            .map(|count| count as f64 / total)
+            .map(|share| -share * share.ln())
+            .sum())
+    }
+
     /// Whole windows of `sequence_length` in source `source` (index into the manifest's list).
     pub fn source_windows(&self, source: usize, sequence_length: usize) -> u64 {
         self.streams

@@ -43,3 +43,41 @@ pub(crate) fn sync_parent(path: &Path) -> Result<(), DataError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_that_fails_names_the_file_and_leaves_the_old_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        write_atomically(&path, |writer| writer.write_all(b"old")).unwrap();
+        let full = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let error = write_atomically(&path, |writer| {
+            writer.write_all(b"half of the new")?;
+            Err::<(), _>(full())
+        })
+        .unwrap_err()
+        .to_string();
+        assert!(
+            error.contains(&*path.to_string_lossy()) && error.contains(&full().to_string()),
+            "{error}"
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_full_disk_is_an_error() {
+        // Every write to /dev/full fails as on a full disk.
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::os::unix::fs::symlink("/dev/full", dir.path().join("file.partial")).unwrap();
+        let error = write_atomically(&path, |writer| writer.write_all(&[0; 4 << 20])).unwrap_err();
+        assert!(
+            matches!(&error, DataError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull),
+            "{error}"
+        );
+    }
+}

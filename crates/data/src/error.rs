@@ -175,6 +175,12 @@ pub enum DataError {
         /// What is in the way.
         reason: String,
     },
+    /// Another process builds into the output folder.
+    #[error("{}: another build is writing here; wait for it, or choose another folder", path.display())]
+    BuildRunning {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The folder holds no finished dataset.
     #[error("{}: no dataset here (manifest.json is missing); run `ttt data build`, also to finish an interrupted build", path.display())]
     NoManifest {
@@ -200,13 +206,13 @@ pub enum DataError {
         expected: u64,
     },
     /// A shard that the manifest lists does not exist.
-    #[error("{}: shard missing; run the same `ttt data build` into a fresh folder or copy the shard again", path.display())]
+    #[error("{}: shard missing; copy it again, or run the same `ttt data build` again to restore it", path.display())]
     MissingShard {
         /// The shard file.
         path: PathBuf,
     },
     /// A shard is shorter or longer than the manifest says.
-    #[error("{}: shard has {found} bytes, the manifest says {expected}; copy it again or rebuild", path.display())]
+    #[error("{}: shard has {found} bytes, the manifest says {expected}; copy it again, or run the same `ttt data build` again to restore it", path.display())]
     ShardSize {
         /// The shard file.
         path: PathBuf,
@@ -216,7 +222,7 @@ pub enum DataError {
         found: u64,
     },
     /// A shard's content is damaged.
-    #[error("{}: damaged shard: {reason}; copy it again or rebuild", path.display())]
+    #[error("{}: damaged shard: {reason}; copy it again, or delete it and run the same `ttt data build` to restore it", path.display())]
     CorruptShard {
         /// The shard file.
         path: PathBuf,

@@ -74,7 +74,7 @@ impl ShardBuilder {
             mut documents,
             text_bytes,
         } = std::mem::take(self);
-        documents.sort_unstable_by(|a, b| a.order.cmp(&b.order));
+        documents.sort_unstable_by_key(|document| document.order);
         let (token_count, document_count) = (tokens.len() as u64, documents.len() as u64);
         let path = dir.join(&file);
         let (bytes, hash) = durable::write_atomically(&path, |writer| {

@@ -293,7 +293,8 @@ fn other_settings_or_changed_inputs_are_refused() {
     // Another build at work in the folder.
     let lock = std::fs::File::create(out.join("build.lock")).unwrap();
     lock.lock().unwrap();
-    in_use(&config);
+    let error = build(&config, Progress::Hidden).unwrap_err();
+    assert!(matches!(error, DataError::BuildRunning { .. }), "{error}");
 }
 
 #[test]

@@ -2,12 +2,15 @@
 
 mod common;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use common::{build_ok, config, text_files};
+use common::{build_ok, config, prose, text_files};
 use proptest::prelude::*;
-use ttt_data::{DataError, Dataset, Manifest, Split, TokenType, Tokenizer, verify};
+use ttt_data::{
+    BadRecords, DataError, Dataset, Manifest, Progress, Split, TokenType, Tokenizer, build, verify,
+};
 
 fn small_dataset(dir: &Path) -> PathBuf {
     let text = text_files(&dir.join("text"), 1, 25);
@@ -137,6 +140,39 @@ fn the_token_type_follows_the_vocabulary() {
     ));
 }
 
+/// A small file of every format, whole.
+fn inputs() -> &'static [(&'static str, Vec<u8>)] {
+    use arrow::array::{ArrayRef, RecordBatch, StringArray};
+    static INPUTS: OnceLock<Vec<(&str, Vec<u8>)>> = OnceLock::new();
+    INPUTS.get_or_init(|| {
+        let texts: Vec<String> = (0..6).map(|seed| prose(seed, 20)).collect();
+        let jsonl: String = texts
+            .iter()
+            .map(|text| format!("{}\n", serde_json::json!({ "text": text })))
+            .collect();
+        let mut gz = flate2::write::GzEncoder::new(Vec::new(), Default::default());
+        gz.write_all(jsonl.as_bytes()).unwrap();
+        let column: ArrayRef = Arc::new(StringArray::from_iter_values(&texts));
+        let batch = RecordBatch::try_from_iter([("text", column)]).unwrap();
+        let mut parquet = Vec::new();
+        let mut writer =
+            parquet::arrow::ArrowWriter::try_new(&mut parquet, batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        vec![
+            ("x.txt", texts.concat().into_bytes()),
+            ("x.jsonl", jsonl.clone().into_bytes()),
+            ("x.jsonl.gz", gz.finish().unwrap()),
+            (
+                "x.jsonl.zst",
+                zstd::encode_all(jsonl.as_bytes(), 3).unwrap(),
+            ),
+            ("x.parquet.zst", zstd::encode_all(&parquet[..], 3).unwrap()),
+            ("x.parquet", parquet),
+        ]
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -180,6 +216,40 @@ proptest! {
             }
             Ok(())
         })?;
+    }
+
+    /// Any bytes anywhere in an input file: a build that fails names the file, and none panics.
+    #[test]
+    fn corrupted_inputs_never_panic(
+        kind in 0usize..6,
+        place in any::<prop::sample::Index>(),
+        bytes in prop::collection::vec(any::<u8>(), 1..12),
+        cut in prop::option::of(any::<prop::sample::Index>()),
+        skip in any::<bool>(),
+    ) {
+        let (name, whole) = &inputs()[kind];
+        let dir = tempfile::tempdir().unwrap();
+        let mut damaged = whole.clone();
+        let at = place.index(damaged.len());
+        for (to, byte) in damaged[at..].iter_mut().zip(&bytes) {
+            *to = *byte;
+        }
+        if let Some(cut) = cut {
+            damaged.truncate(cut.index(damaged.len()));
+        }
+        let input = dir.path().join(name);
+        std::fs::write(&input, damaged).unwrap();
+        let mut config = config(&dir.path().join("out"), &[("x", &input, 1.0)]);
+        if skip {
+            config.bad_records = BadRecords::Skip;
+        }
+        match build(&config, Progress::Hidden) {
+            Ok(_) => {
+                verify(&config.out).unwrap();
+            }
+            Err(DataError::EmptyDataset { .. }) => {}
+            Err(error) => prop_assert!(error.to_string().contains(name), "{}", error),
+        }
     }
 
     #[test]

@@ -175,6 +175,23 @@ fn another_seed_gives_other_rows_and_another_fingerprint() {
 }
 
 #[test]
+fn unigram_entropy_is_that_of_the_token_counts() {
+    let Fixture { train, streams, .. } = fixture();
+    let mut counts = BTreeMap::new();
+    streams
+        .iter()
+        .flatten()
+        .for_each(|id| *counts.entry(id).or_insert(0.0) += 1.0);
+    let total: f64 = counts.values().sum();
+    let expected: f64 = counts
+        .values()
+        .map(|count| count / total * (total / count).ln())
+        .sum();
+    assert_eq!(total as u64, train.tokens());
+    assert!((train.unigram_entropy().unwrap() - expected).abs() < 1e-9);
+}
+
+#[test]
 fn validation_rows_come_in_order_over_all_sources() {
     let Fixture { validation, .. } = fixture();
     let rows = validation.sequential(50).unwrap();

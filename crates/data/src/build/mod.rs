@@ -93,6 +93,13 @@ pub fn build(config: &BuildConfig, progress: Progress) -> Result<Manifest, DataE
         if info.train.documents + info.validation.documents == 0 {
             return Err(DataError::EmptyDataset { sources: info.name });
         }
+        tracing::info!(
+            source = info.name,
+            train_tokens = info.train.tokens,
+            validation_tokens = info.validation.tokens,
+            skipped = ?info.skipped,
+            "source built"
+        );
         sources.push(info);
     }
     bar.bar.finish_and_clear();
@@ -109,6 +116,13 @@ pub fn build(config: &BuildConfig, progress: Progress) -> Result<Manifest, DataE
         hash: String::new(),
     };
     manifest.save(out)?;
+    if config.validation_fraction > 0.0 && manifest.documents(Split::Validation) == 0 {
+        tracing::warn!(
+            validation_fraction = config.validation_fraction,
+            documents = manifest.documents(Split::Train),
+            "no document fell into the validation split"
+        );
+    }
     Ok(manifest)
 }
 
@@ -118,9 +132,8 @@ fn lock(out: &Path) -> Result<std::fs::File, DataError> {
     let file = std::fs::File::create(&path).map_err(DataError::io(&path, "create the lock"))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(DataError::OutputInUse {
+        Err(std::fs::TryLockError::WouldBlock) => Err(DataError::BuildRunning {
             path: out.to_path_buf(),
-            reason: "another build is writing here".into(),
         }),
         Err(std::fs::TryLockError::Error(error)) => Err(DataError::io(&path, "lock")(error)),
     }

@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use super::discover::{Format, listed_format};
@@ -126,15 +126,12 @@ fn fetch_dataset_into(cache: &Path, name: &str, offline: bool) -> Result<Snapsho
         return cached_files(cache, &name, &selected);
     }
     let hub = |error| hub_error(&name.describe(""), error);
-    let api = ApiBuilder::from_env()
-        .with_cache_dir(cache.to_path_buf())
-        .with_retries(3)
-        .build()
-        .map_err(hub)?;
+    let api = api(cache).map_err(hub)?;
     let info = api
         .repo(name.repo(RepoType::Dataset, &name.revision))
         .info()
         .map_err(hub)?;
+    note_commit(cache, &name, RepoType::Dataset, &info.sha)?;
     // From here on the commit is asked for, not the branch: it may move while files are being downloaded.
     let pinned = api.repo(name.repo(RepoType::Dataset, &info.sha));
     let mut labels: Vec<_> = info
@@ -180,15 +177,14 @@ pub(crate) fn fetch_model_file(
             })
         };
     }
-    let api = ApiBuilder::from_env()
-        .with_cache_dir(cache)
-        .with_retries(3)
-        .build()
-        .map_err(|error| hub_error(&name.describe(file), error))?;
-    let repo = api.repo(name.repo(RepoType::Model, &name.revision));
-    let info = repo
+    let hub = |error| hub_error(&name.describe(file), error);
+    let api = api(&cache).map_err(hub)?;
+    let info = api
+        .repo(name.repo(RepoType::Model, &name.revision))
         .info()
-        .map_err(|error| hub_error(&name.describe(file), error))?;
+        .map_err(hub)?;
+    note_commit(&cache, &name, RepoType::Model, &info.sha)?;
+    let pinned = api.repo(name.repo(RepoType::Model, &info.sha));
     // It names the end-of-text token; not every repository has it.
     let config = "tokenizer_config.json";
     if info
@@ -196,9 +192,36 @@ pub(crate) fn fetch_model_file(
         .iter()
         .any(|sibling| sibling.rfilename == config)
     {
-        download(&repo, &name, config)?;
+        download(&pinned, &name, config)?;
     }
-    download(&repo, &name, file)
+    download(&pinned, &name, file)
+}
+
+fn api(cache: &Path) -> Result<Api, ApiError> {
+    let mut builder = ApiBuilder::from_env()
+        .with_cache_dir(cache.to_path_buf())
+        .with_retries(3);
+    // The client itself looks only for the file that a login leaves in the cache.
+    if let Some(token) = std::env::var("HF_TOKEN")
+        .ok()
+        .filter(|token| !token.is_empty())
+    {
+        builder = builder.with_token(Some(token));
+    }
+    builder.build()
+}
+
+/// Notes in the cache which commit the revision stands for, so that an offline run finds it by the same name.
+fn note_commit(
+    cache: &Path,
+    name: &HubName,
+    kind: RepoType,
+    commit: &str,
+) -> Result<(), DataError> {
+    Cache::new(cache.to_path_buf())
+        .repo(name.repo(kind, &name.revision))
+        .create_ref(commit)
+        .map_err(DataError::io(cache, "write to the hub cache"))
 }
 
 fn download(repo: &ApiRepo, name: &HubName, file: &str) -> Result<PathBuf, DataError> {

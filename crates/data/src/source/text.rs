@@ -192,8 +192,9 @@ pub(crate) const PIECE_BYTES: usize = 128 << 10;
 
 /// Cuts `text` into pieces for the tokenizer; joined they are `text` again.
 ///
-/// Cuts lie before a single space or after a single line feed between visible ASCII characters, where the usual
-/// pre-tokenizers cut as well: the ids are those of the whole text. Text without such a place in half a piece is cut anywhere between characters.
+/// Cuts lie before the last space, or after a single line feed, before a word: the usual pre-tokenizers cut there as
+/// well, so the ids are those of the whole text. Text without such a place in half a piece is cut anywhere between
+/// characters.
 pub(crate) fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -211,14 +212,12 @@ fn piece_end(text: &str, limit: usize) -> usize {
         return text.len();
     }
     let bytes = text.as_bytes();
-    let between = |before: usize, after: usize| {
-        bytes[before].is_ascii_graphic() && bytes[after].is_ascii_alphanumeric()
-    };
+    let word_at = |at: usize| bytes[at].is_ascii_alphanumeric();
     (limit / 2..limit)
         .rev()
         .find(|&at| match (bytes[at - 1], bytes[at]) {
-            (_, b' ') => between(at - 1, at + 1),
-            (b'\n', _) => between(at - 2, at),
+            (_, b' ') => word_at(at + 1),
+            (b'\n', _) => bytes[at - 2].is_ascii_graphic() && word_at(at),
             _ => false,
         })
         .or_else(|| (1..=limit).rev().find(|&at| text.is_char_boundary(at)))
