@@ -16,6 +16,7 @@ pub const SOURCE: &str = concat!(
     include_str!("source/elementwise.cu"),
     include_str!("source/norm.cu"),
     include_str!("source/conv.cu"),
+    include_str!("source/scan.cu"),
     include_str!("source/loss.cu"),
     include_str!("source/embedding.cu"),
     include_str!("source/optimizer.cu"),
@@ -207,6 +208,7 @@ impl Context<'_> {
             .map(|arg| match arg {
                 Arg::Ptr(v) | Arg::Size(v) => (v as *const u64).cast_mut().cast(),
                 Arg::Int(v) => (v as *const i32).cast_mut().cast(),
+                Arg::Bits(v) => (v as *const u32).cast_mut().cast(),
                 Arg::Float(v) => (v as *const f32).cast_mut().cast(),
                 Arg::Floats(v) => (v as *const [f32; 7]).cast_mut().cast(),
             })

@@ -9,6 +9,7 @@ pub mod adamw;
 pub mod attention;
 mod attention_graph;
 pub mod compile;
+pub mod conv;
 pub mod cross_entropy;
 pub mod cudnn;
 pub mod embedding;

@@ -120,6 +120,8 @@ pub enum Arg {
     Size(u64),
     /// A C `float`.
     Float(f32),
+    /// An unsigned 32-bit mask.
+    Bits(u32),
     /// The seven floats of AdamW's constants.
     Floats([f32; 7]),
 }

@@ -1,27 +1,25 @@
-//! The TTT scan and its chunk-local convolution.
+//! The TTT scan.
 //!
-//! The scan walks the pieces of each row with the state S in f32. Only the sums are sequential; the
-//! products with each piece's weight are independent, so the weights of some pieces are laid side by
-//! side and multiplied in one batched GEMM, which fills the GPU where one piece would not.
+//! Only the running sums are sequential, and they are elementwise. So the pieces of a row are taken in
+//! groups: one batched GEMM makes every piece's VᵀZ, one kernel turns them into the weights that the
+//! pieces read (the state stays in f32 registers), one batched GEMM applies those. A piece's VᵀZ is
+//! rounded to bf16, as V and Z were; the state that sums them is not. The backward pass peels the very
+//! same terms off again, so it meets the weights of the forward pass up to f32 rounding.
 
-use std::ops::Range;
-
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 
 use super::gemm::Matrix;
 use super::norm::sum_partials;
-use super::pointwise::vectors;
 use super::stream::{Arg, Buffer, Context, on_stream};
-use crate::dtype::cast;
-use crate::packing::{Packing, Piece, Write};
+use crate::packing::{Piece, Write};
 
-/// Bytes of piece weights held at a time.
+/// Bytes of each slab of piece weights.
 const SLAB: usize = 128 << 20;
 
 /// Blocks of a state's sum of squares.
 const NORM_BLOCKS: usize = 256;
 
-/// Sizes of one scan, and how its rows are cut.
+/// How the rows of one scan are cut.
 #[derive(Debug)]
 pub struct Shape<'a> {
     /// The pieces of each row.
@@ -30,6 +28,61 @@ pub struct Shape<'a> {
     pub lr: f64,
 }
 
+/// Neighbouring pieces of equal length; a bit of a mask for each.
+#[derive(Clone, Debug)]
+struct Group<'a> {
+    pieces: &'a [Piece],
+}
+
+impl Group<'_> {
+    fn mask(&self, holds: impl Fn(&Piece) -> bool) -> u32 {
+        let bits = self.pieces.iter().enumerate();
+        bits.map(|(i, piece)| u32::from(holds(piece)) << i).sum()
+    }
+
+    fn reads(&self) -> u32 {
+        self.mask(|p| p.reads)
+    }
+
+    fn adds(&self) -> u32 {
+        self.mask(|p| p.write == Write::Add)
+    }
+
+    fn replaces(&self) -> u32 {
+        self.mask(|p| p.write == Write::Replace)
+    }
+
+    fn last(&self) -> &Piece {
+        &self.pieces[self.pieces.len() - 1]
+    }
+
+    /// Whether a document whose state was read ends with the group.
+    fn ends_document(&self) -> bool {
+        self.last().reads && self.last().write == Write::Nothing
+    }
+}
+
+/// The pieces of a row in groups of at most `slots`. A group ends where a read document does, so that
+/// its state can be looked at between groups.
+fn groups(pieces: &[Piece], slots: usize) -> Vec<Group<'_>> {
+    let mut all = vec![];
+    let mut rest = pieces;
+    while let Some(first) = rest.first() {
+        let mut count = 1;
+        while count < rest.len().min(slots)
+            && rest[count].range.len() == first.range.len()
+            && !(rest[count - 1].reads && rest[count - 1].write == Write::Nothing)
+        {
+            count += 1;
+        }
+        let (taken, left) = rest.split_at(count);
+        all.push(Group { pieces: taken });
+        rest = left;
+    }
+    all
+}
+
+/// Extents of one scan.
 struct Sizes {
     length: usize,
     d: usize,
@@ -37,80 +90,34 @@ struct Sizes {
 }
 
 impl Sizes {
-    /// Rows `range` of row `row` of a `[B, N, width]` buffer.
-    fn rows(&self, at: u64, row: usize, range: &Range<usize>, width: usize) -> Matrix {
-        let first = (row * self.length + range.start) * width * 2;
-        Matrix::new(at + first as u64, range.len(), width, DType::BF16)
+    /// The group's tokens of row `row` in a `[B, N, width]` buffer, a matrix per piece.
+    fn rows(&self, at: u64, row: usize, group: &Group, width: usize) -> Matrix {
+        let length = group.pieces[0].range.len();
+        let first = group.pieces[0].range.start;
+        let first = (row * self.length + first) * width * 2;
+        let matrix = Matrix::new(at + first as u64, length, width, DType::BF16);
+        matrix.batched(group.pieces.len(), length * width)
     }
 
-    fn state(&self, at: u64) -> Matrix {
-        Matrix::new(at, self.d, self.f, DType::F32)
+    /// The group's slots of a slab.
+    fn slots(&self, slab: u64, group: &Group) -> Matrix {
+        let matrix = Matrix::new(slab, self.d, self.f, DType::BF16);
+        matrix.batched(group.pieces.len(), self.d * self.f)
     }
 
-    fn weight(&self, slab: u64, slot: usize) -> Matrix {
-        let first = slot * self.d * self.f * 2;
-        Matrix::new(slab + first as u64, self.d, self.f, DType::BF16)
+    /// Pieces that a slab holds: at least one, at most a mask's bits.
+    fn most(&self, pieces: &[Vec<Piece>]) -> usize {
+        let longest = pieces.iter().map(Vec::len).max().unwrap_or(1);
+        (SLAB / (self.d * self.f * 2)).clamp(1, longest.clamp(1, 32))
     }
 
-    /// Weights that a slab holds; at least one.
-    fn slots(&self, pieces: &[Vec<Piece>]) -> usize {
-        let most = pieces.iter().map(Vec::len).max().unwrap_or(1);
-        (SLAB / (self.d * self.f * 2)).clamp(1, most.max(1))
-    }
-}
-
-/// out = bf16(base + factor · x) over n elements; base kind 0 none, 1 bf16, 2 f32.
-fn scaled_sum(
-    cx: &mut Context,
-    out: u64,
-    (base, kind): (u64, i32),
-    x: u64,
-    factor: f64,
-    n: usize,
-) -> Result<(), String> {
-    let args = [
-        Arg::Ptr(out),
-        Arg::Ptr(base),
-        Arg::Int(kind),
-        Arg::Ptr(x),
-        Arg::Float(factor as f32),
-        Arg::Size(vectors(n, &[out, base, x])),
-        Arg::Size(n as u64),
-    ];
-    cx.launch_over("scaled_sum", (n as u64).div_ceil(8), &args)
-}
-
-/// Neighbouring pieces of equal length whose weights lie in the slab from slot 0 on.
-#[derive(Default)]
-struct Group {
-    range: Option<Range<usize>>,
-    count: usize,
-}
-
-impl Group {
-    /// Whether a piece of `range` can follow (`ahead`) or precede the group.
-    fn takes(&self, range: &Range<usize>, slots: usize, ahead: bool) -> bool {
-        match &self.range {
-            None => true,
-            Some(all) => {
-                let length = all.len() / self.count;
-                let touches = if ahead {
-                    all.end == range.start
-                } else {
-                    all.start == range.end
-                };
-                self.count < slots && touches && range.len() == length
-            }
-        }
+    fn elements(&self) -> usize {
+        self.d * self.f
     }
 
-    fn push(&mut self, range: &Range<usize>) -> usize {
-        self.range = Some(match self.range.take() {
-            None => range.clone(),
-            Some(all) => all.start.min(range.start)..all.end.max(range.end),
-        });
-        self.count += 1;
-        self.count - 1
+    /// One thread per eight elements of a state.
+    fn grid(&self) -> (u32, u32, u32) {
+        (self.elements().div_ceil(8 * 256) as u32, 1, 1)
     }
 }
 
@@ -124,80 +131,124 @@ pub struct Forward {
     pub last: Vec<Option<Tensor<2>>>,
 }
 
-fn inputs(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>) -> Option<([Buffer; 3], i32)> {
+struct Inputs {
+    z: Buffer,
+    v: Buffer,
+    w0: Buffer,
+    w0_is_f32: Arg,
+    sizes: Sizes,
+}
+
+fn inputs(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>) -> Option<Inputs> {
     let (z, v, w0) = (Buffer::of(z)?, Buffer::of(v)?, Buffer::of(w0)?);
-    let kind = match w0.dtype() {
-        DType::BF16 => 1,
-        DType::F32 => 2,
+    let f32 = match w0.dtype() {
+        DType::BF16 => 0,
+        DType::F32 => 1,
         _ => return None,
     };
-    let wide = z.dtype() == DType::BF16 && v.dtype() == DType::BF16;
-    wide.then_some(([z, v, w0], kind))
+    let sizes = Sizes {
+        length: z.dims()[1],
+        d: w0.dims()[0],
+        f: z.dims()[2],
+    };
+    let bf16 = z.dtype() == DType::BF16 && v.dtype() == DType::BF16;
+    (bf16 && sizes.elements().is_multiple_of(8)).then_some(Inputs {
+        z,
+        v,
+        w0,
+        w0_is_f32: Arg::Int(f32),
+        sizes,
+    })
+}
+
+/// What the kernels of one pass share.
+struct Pass<'a> {
+    s: &'a Sizes,
+    z: u64,
+    v: u64,
+    w0: u64,
+    w0_is_f32: Arg,
+    lr: f32,
+}
+
+impl Pass<'_> {
+    /// The group's VᵀZ into the slab and on into `state`; with `weights`, the slab then holds the
+    /// weights that the pieces read.
+    fn forward(
+        &self,
+        cx: &mut Context,
+        row: usize,
+        group: &Group,
+        (slab, state): (u64, u64),
+        weights: bool,
+    ) -> Result<(), String> {
+        let s = self.s;
+        if group.adds() | group.replaces() != 0 {
+            let v = s.rows(self.v, row, group, s.d);
+            let z = s.rows(self.z, row, group, s.f);
+            cx.gemm(v.t(), z, s.slots(slab, group), 1.0, 0.0)?;
+        }
+        let args = [
+            Arg::Ptr(slab),
+            Arg::Ptr(state),
+            Arg::Ptr(self.w0),
+            self.w0_is_f32,
+            Arg::Float(self.lr),
+            Arg::Int(group.pieces.len() as i32),
+            Arg::Bits(group.reads()),
+            Arg::Bits(group.adds()),
+            Arg::Bits(group.replaces()),
+            Arg::Int(i32::from(weights)),
+            Arg::Size(s.elements() as u64),
+        ];
+        cx.launch("scan_forward", s.grid(), 256, &args)
+    }
 }
 
 /// z `[B, N, F]`, v `[B, N, D]`, w0 `[D, F]`.
 pub fn forward(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>, shape: &Shape) -> Option<Forward> {
-    let rounded = Buffer::of(&cast(w0.clone(), DType::BF16))?;
-    let ([z, v, w0], kind) = inputs(z, v, w0)?;
-    let dims = z.dims();
-    let s = Sizes {
-        length: dims[1],
-        d: w0.dims()[0],
-        f: dims[2],
-    };
-    let slots = s.slots(shape.pieces);
-    let output = z.empty([dims[0], s.length, s.d], DType::BF16);
-    let slab = z.empty([slots, s.d, s.f], DType::BF16);
-    let states: Vec<Buffer> = shape
-        .pieces
-        .iter()
-        .map(|_| z.empty([s.d, s.f], DType::F32))
+    let i = inputs(z, v, w0)?;
+    let s = &i.sizes;
+    let most = s.most(shape.pieces);
+    let rows = shape.pieces.len();
+    let output = i.z.empty([rows, s.length, s.d], DType::BF16);
+    let slab = i.z.empty([most, s.d, s.f], DType::BF16);
+    let states: Vec<Buffer> = (0..rows)
+        .map(|_| i.z.empty([s.d, s.f], DType::F32))
         .collect();
-    let ends = shape
-        .pieces
-        .iter()
-        .flatten()
-        .filter(|p| p.reads && p.write == Write::Nothing)
-        .count();
-    let squares = z.empty([ends + 1], DType::F32);
-    let partial = z.empty([NORM_BLOCKS], DType::F32);
+    let all = shape.pieces.iter().flatten();
+    let ends = all.filter(|p| p.reads && p.write == Write::Nothing).count();
+    let squares = i.z.empty([ends + 1], DType::F32);
+    let partial = i.z.empty([NORM_BLOCKS], DType::F32);
     let mut writes = vec![&output, &slab, &squares, &partial];
     writes.extend(&states);
-    on_stream(&[&z, &v, &w0, &rounded], &writes, |cx, from, to| {
-        let (z, v, w0, rounded) = (from[0], from[1], from[2], from[3]);
+    on_stream(&[&i.z, &i.v, &i.w0], &writes, |cx, from, to| {
         let (output, slab, squares, partial) = (to[0], to[1], to[2], to[3]);
+        let pass = Pass {
+            s,
+            z: from[0],
+            v: from[1],
+            w0: from[2],
+            w0_is_f32: i.w0_is_f32,
+            lr: shape.lr as f32,
+        };
         cx.zero(squares, 4 * (ends + 1))?;
-        let mut ended = 1;
+        let mut next = squares + 4;
         for (row, pieces) in shape.pieces.iter().enumerate() {
             let state = to[4 + row];
-            let mut group = Group::default();
-            for piece in pieces {
-                let range = &piece.range;
-                if piece.reads {
-                    if !group.takes(range, slots, true) {
-                        apply_group(cx, &s, row, &mut group, z, slab, output)?;
-                    }
-                    let slot = s.weight(slab, group.push(range));
-                    scaled_sum(cx, slot.at, (w0, kind), state, shape.lr, s.d * s.f)?;
-                } else {
-                    let weight = Matrix::new(rounded, s.d, s.f, DType::BF16);
-                    let (a, c) = (s.rows(z, row, range, s.f), s.rows(output, row, range, s.d));
-                    cx.gemm(a, weight.t(), c, 1.0, 0.0)?;
-                }
-                if piece.reads && piece.write == Write::Nothing {
-                    let n = Arg::Size((s.d * s.f) as u64);
+            for group in groups(pieces, most) {
+                pass.forward(cx, row, &group, (slab, state), true)?;
+                let z = s.rows(pass.z, row, &group, s.f);
+                let out = s.rows(output, row, &group, s.d);
+                cx.gemm(z, s.slots(slab, &group).t(), out, 1.0, 0.0)?;
+                if group.ends_document() {
+                    let n = Arg::Size(s.elements() as u64);
                     let args = [Arg::Ptr(partial), Arg::Ptr(state), n];
                     cx.launch("square_sum", (NORM_BLOCKS as u32, 1, 1), 512, &args)?;
-                    sum_partials(cx, squares + 4 * ended, partial, NORM_BLOCKS, 1)?;
-                    ended += 1;
-                }
-                if piece.write != Write::Nothing {
-                    let (a, b) = (s.rows(v, row, range, s.d), s.rows(z, row, range, s.f));
-                    let beta = if piece.write == Write::Add { 1.0 } else { 0.0 };
-                    cx.gemm(a.t(), b, s.state(state), 1.0, beta)?;
+                    sum_partials(cx, next, partial, NORM_BLOCKS, 1)?;
+                    next += 4;
                 }
             }
-            apply_group(cx, &s, row, &mut group, z, slab, output)?;
         }
         Ok(())
     });
@@ -212,31 +263,7 @@ pub fn forward(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>, shape: &Shape) -> O
     })
 }
 
-/// O = Z Wᵀ for the group's pieces, in one batched product; empties the group.
-fn apply_group(
-    cx: &mut Context,
-    s: &Sizes,
-    row: usize,
-    group: &mut Group,
-    z: u64,
-    slab: u64,
-    output: u64,
-) -> Result<(), String> {
-    let Some(all) = group.range.take() else {
-        return Ok(());
-    };
-    let count = std::mem::take(&mut group.count);
-    let length = all.len() / count;
-    let first = all.start..all.start + length;
-    let a = s.rows(z, row, &first, s.f).batched(count, length * s.f);
-    let b = s.weight(slab, 0).t().batched(count, s.d * s.f);
-    let c = s
-        .rows(output, row, &first, s.d)
-        .batched(count, length * s.d);
-    cx.gemm(a, b, c, 1.0, 0.0)
-}
-
-/// Gradients of z, v (bf16) and w0 (f32), given that of the output.
+/// Gradients of z, v (bf16) and w0 (f32), given that of the output. `last` is used up.
 pub fn backward(
     z: &Tensor<3>,
     v: &Tensor<3>,
@@ -245,249 +272,128 @@ pub fn backward(
     dy: &Tensor<3>,
     shape: &Shape,
 ) -> Option<(Tensor<3>, Tensor<3>, Tensor<2>)> {
-    let ([z, v, w0], kind) = inputs(z, v, w0)?;
+    let i = inputs(z, v, w0)?;
     let dy = Buffer::of(dy).filter(|b| b.dtype() == DType::BF16)?;
-    let dims = z.dims();
-    let s = Sizes {
-        length: dims[1],
-        d: w0.dims()[0],
-        f: dims[2],
-    };
-    let slots = s.slots(shape.pieces);
-    let dz = z.empty([dims[0], s.length, s.f], DType::BF16);
-    let dv = z.empty([dims[0], s.length, s.d], DType::BF16);
-    let dw0 = z.empty([s.d, s.f], DType::F32);
-    let later = z.empty([s.d, s.f], DType::F32);
-    let weights = z.empty([slots, s.d, s.f], DType::BF16);
-    let sums = z.empty([slots, s.d, s.f], DType::BF16);
-    let scratch = z.empty([s.d, s.f], DType::F32);
-    // The kept state is peeled in place where nobody else holds it.
+    let s = &i.sizes;
+    let most = s.most(shape.pieces);
+    let rows = shape.pieces.len();
+    let dz = i.z.empty([rows, s.length, s.f], DType::BF16);
+    let dv = i.z.empty([rows, s.length, s.d], DType::BF16);
+    let [dw0, later, state] = [(); 3].map(|()| i.z.empty([s.d, s.f], DType::F32));
+    let [weights, sums] = [(); 2].map(|()| i.z.empty([most, s.d, s.f], DType::BF16));
+    // Copied before it is peeled: the tape may still hold the kept state.
     let kept: Vec<Option<Buffer>> = last
         .iter_mut()
-        .map(|state| state.take().and_then(|t| Buffer::of(&t)))
+        .map(|kept| kept.take().and_then(|t| Buffer::of(&t)))
         .collect();
-    let states: Vec<(Buffer, bool)> = kept
-        .iter()
-        .map(|state| match state {
-            Some(buffer) if buffer.is_ours() => (buffer.clone(), true),
-            _ => (scratch.empty([s.d, s.f], DType::F32), false),
-        })
-        .collect();
-    let mut reads = vec![&z, &v, &w0, &dy];
-    reads.extend(kept.iter().flatten());
-    let mut writes = vec![&dz, &dv, &dw0, &later, &weights, &sums];
-    writes.extend(states.iter().map(|(buffer, _)| buffer));
-    let in_place: Vec<bool> = states.iter().map(|(_, same)| *same).collect();
     let was_kept: Vec<bool> = kept.iter().map(Option::is_some).collect();
+    let mut reads = vec![&i.z, &i.v, &i.w0, &dy];
+    reads.extend(kept.iter().flatten());
+    let writes = [&dz, &dv, &dw0, &later, &state, &weights, &sums];
     on_stream(&reads, &writes, |cx, from, to| {
-        let (z, v, w0, dy) = (from[0], from[1], from[2], from[3]);
-        let (dz, dv, dw0, later) = (to[0], to[1], to[2], to[3]);
-        let slabs = (to[4], to[5], slots);
+        let dy = from[3];
+        let (dz, dv, dw0, later, state) = (to[0], to[1], to[2], to[3], to[4]);
+        let (weights, sums) = (to[5], to[6]);
+        let pass = Pass {
+            s,
+            z: from[0],
+            v: from[1],
+            w0: from[2],
+            w0_is_f32: i.w0_is_f32,
+            lr: shape.lr as f32,
+        };
+        cx.zero(dw0, 4 * s.elements())?;
         let mut kept = from[4..].iter();
-        let bytes = s.d * s.f * 4;
         for (row, pieces) in shape.pieces.iter().enumerate() {
-            let state = to[6 + row];
-            let mut has_state = false;
-            if was_kept[row] {
+            let mut has_state = was_kept[row];
+            if has_state {
                 let source = *kept.next().ok_or("a kept state without an address")?;
-                if !in_place[row] {
-                    cx.copy(state, source, bytes)?;
-                }
-                has_state = true;
+                cx.copy(state, source, 4 * s.elements())?;
             }
             let mut has_later = false;
-            let mut group = Group::default();
-            for piece in pieces.iter().rev() {
-                let range = &piece.range;
-                let tz = s.rows(z, row, range, s.f);
-                let tv = s.rows(v, row, range, s.d);
-                let tdy = s.rows(dy, row, range, s.d);
-                if piece.write == Write::Add && has_state {
-                    cx.gemm(tv.t(), tz, s.state(state), -1.0, 1.0)?;
-                }
-                if piece.reads && !has_state {
+            let all = groups(pieces, most);
+            for (at, group) in all.iter().enumerate().rev() {
+                if group.ends_document() && !has_state {
                     // An earlier document of the row: its state was not kept, so sum it again.
-                    let written = piece.document_start..range.start;
-                    let (a, b) = (s.rows(v, row, &written, s.d), s.rows(z, row, &written, s.f));
-                    cx.gemm(a.t(), b, s.state(state), 1.0, 0.0)?;
+                    let start = group.last().document_start;
+                    let of_document = |g: &&Group| g.last().range.end > start;
+                    for earlier in all[..=at].iter().filter(of_document) {
+                        pass.forward(cx, row, earlier, (weights, state), false)?;
+                    }
                     has_state = true;
                 }
-                let gets_later = piece.write != Write::Nothing && has_later;
-                if !gets_later || !group.takes(range, slots, false) {
-                    gradients_of_group(cx, &s, row, &mut group, [z, v, dy, dz, dv], slabs)?;
+                let (mut gets, mut keeps) = (0u32, 0u32);
+                for (bit, piece) in group.pieces.iter().enumerate().rev() {
+                    let writes = u32::from(piece.write != Write::Nothing && has_later);
+                    let adds = u32::from(piece.write == Write::Add && has_later);
+                    gets |= writes << bit;
+                    keeps |= adds << bit;
+                    has_later = piece.reads;
+                    has_state &= piece.reads;
                 }
-                let slot = slots - 1 - group.push(range);
-                let weight = s.weight(slabs.0, slot);
-                let n = s.d * s.f;
-                match piece.reads {
-                    true => scaled_sum(cx, weight.at, (w0, kind), state, shape.lr, n)?,
-                    // bf16(W0): the state does not count.
-                    false if kind == 1 => cx.copy(weight.at, w0, 2 * n)?,
-                    false => scaled_sum(cx, weight.at, (0, 0), w0, 1.0, n)?,
+                let z = s.rows(pass.z, row, group, s.f);
+                let v = s.rows(pass.v, row, group, s.d);
+                let dy = s.rows(dy, row, group, s.d);
+                if group.adds() != 0 {
+                    cx.gemm(v.t(), z, s.slots(weights, group), 1.0, 0.0)?;
                 }
-                if gets_later {
-                    let sum = s.weight(slabs.1, slot).at;
-                    scaled_sum(cx, sum, (0, 0), later, shape.lr, n)?;
+                cx.gemm(dy.t(), z, s.slots(sums, group), 1.0, 0.0)?;
+                let args = [
+                    Arg::Ptr(weights),
+                    Arg::Ptr(sums),
+                    Arg::Ptr(state),
+                    Arg::Ptr(later),
+                    Arg::Ptr(dw0),
+                    Arg::Ptr(pass.w0),
+                    pass.w0_is_f32,
+                    Arg::Float(pass.lr),
+                    Arg::Int(group.pieces.len() as i32),
+                    Arg::Bits(group.reads()),
+                    Arg::Bits(group.adds()),
+                    Arg::Bits(gets),
+                    Arg::Bits(keeps),
+                    Arg::Size(s.elements() as u64),
+                ];
+                cx.launch("scan_backward", s.grid(), 256, &args)?;
+                let (weights, sums) = (s.slots(weights, group), s.slots(sums, group));
+                let (dz, dv) = (s.rows(dz, row, group, s.f), s.rows(dv, row, group, s.d));
+                cx.gemm(dy, weights, dz, 1.0, 0.0)?;
+                if gets == 0 {
+                    let bytes = dv.rows * dv.columns * group.pieces.len() * 2;
+                    cx.zero(dv.at, bytes)?;
                 } else {
-                    group = Group::default();
-                    cx.gemm(tdy, weight, s.rows(dz, row, range, s.f), 1.0, 0.0)?;
-                    cx.zero(s.rows(dv, row, range, s.d).at, range.len() * s.d * 2)?;
-                }
-                if piece.reads {
-                    let continues = piece.write == Write::Add && has_later;
-                    let beta = if continues { 1.0 } else { 0.0 };
-                    cx.gemm(tdy.t(), tz, s.state(later), 1.0, beta)?;
-                    has_later = true;
-                } else {
-                    has_later = false;
-                    has_state = false;
+                    cx.gemm(v, sums, dz, 1.0, 1.0)?;
+                    cx.gemm(z, sums.t(), dv, 1.0, 0.0)?;
                 }
             }
-            gradients_of_group(cx, &s, row, &mut group, [z, v, dy, dz, dv], slabs)?;
         }
-        let tokens = shape.pieces.len() * s.length;
-        let all_dy = Matrix::new(dy, tokens, s.d, DType::BF16);
-        let all_z = Matrix::new(z, tokens, s.f, DType::BF16);
-        cx.gemm(all_dy.t(), all_z, s.state(dw0), 1.0, 0.0)
+        Ok(())
     });
     Some((dz.tensor(), dv.tensor(), dw0.tensor()))
 }
 
-/// dZ = dO W + V (ηG), dV = Z (ηG)ᵀ for the group's pieces, in batched products; empties the group.
-/// The walk is backward, so slots are filled from the slab's end and ascend with the tokens.
-fn gradients_of_group(
-    cx: &mut Context,
-    s: &Sizes,
-    row: usize,
-    group: &mut Group,
-    [z, v, dy, dz, dv]: [u64; 5],
-    (weights, sums, slots): (u64, u64, usize),
-) -> Result<(), String> {
-    let Some(all) = group.range.take() else {
-        return Ok(());
-    };
-    let count = std::mem::take(&mut group.count);
-    let length = all.len() / count;
-    let first = all.start..all.start + length;
-    let rows = |at, width| {
-        let matrix = s.rows(at, row, &first, width);
-        matrix.batched(count, length * width)
-    };
-    let slot = slots - count;
-    let each = s.d * s.f;
-    let w = s.weight(weights, slot).batched(count, each);
-    let g = s.weight(sums, slot).batched(count, each);
-    cx.gemm(rows(dy, s.d), w, rows(dz, s.f), 1.0, 0.0)?;
-    cx.gemm(rows(v, s.d), g, rows(dz, s.f), 1.0, 1.0)?;
-    cx.gemm(rows(z, s.f), g.t(), rows(dv, s.d), 1.0, 0.0)?;
-    Ok(())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packing::Packing;
 
-/// Tokens of one thread block of the weight gradient.
-const RUN: usize = 64;
-
-/// Tokens of a thread of the convolution; `RUN` in the source.
-const CONV_RUN: usize = 32;
-
-struct Conv {
-    batch: usize,
-    tokens: usize,
-    d: usize,
-    /// Where each token's document begins: `[B, N]`; `None` where rows are one document.
-    document: Option<Buffer>,
-}
-
-fn conv(x: &Buffer, weight: &Buffer, packing: &Packing) -> Option<Conv> {
-    let (dims, w) = (x.dims(), weight.dims());
-    let types = x.dtype() == DType::BF16 && matches!(weight.dtype(), DType::BF16 | DType::F32);
-    if !types || w[2] != 5 || !dims[2].is_multiple_of(8) {
-        return None;
-    }
-    let document = match packing.is_whole_rows() {
-        true => None,
-        false => {
-            let device = x.clone().tensor::<3>().device();
-            let all: Vec<i32> = (0..dims[0])
-                .flat_map(|row| packing.document_start(row))
-                .collect();
-            let data = TensorData::new(all, [dims[0], dims[1]]);
-            let starts = Tensor::<2, Int>::from_data(data, (&device, DType::I32));
-            Some(Buffer::of_ints(&starts)?)
+    #[test]
+    fn groups_cover_the_row_and_end_with_read_documents() {
+        let packing = Packing::new(100, vec![vec![0, 41, 44, 90]]).expect("ascending");
+        for slots in [1, 3, 32] {
+            let pieces = packing.pieces(0, 8);
+            let all = groups(&pieces, slots);
+            let ranges = all.iter().flat_map(|g| g.pieces).map(|p| p.range.clone());
+            assert!(ranges.eq(pieces.iter().map(|p| p.range.clone())));
+            for group in &all {
+                assert!(group.pieces.len() <= slots);
+                let inner = &group.pieces[..group.pieces.len() - 1];
+                assert!(
+                    inner
+                        .iter()
+                        .all(|p| !(p.reads && p.write == Write::Nothing))
+                );
+            }
         }
-    };
-    Some(Conv {
-        batch: dims[0],
-        tokens: dims[1],
-        d: dims[2],
-        document,
-    })
-}
-
-/// The convolution (`sign` 1) or its transpose (−1): x `[B, N, D]` bf16, weight `[D, 1, 5]`.
-pub fn conv_apply(
-    x: &Tensor<3>,
-    weight: &Tensor<3>,
-    packing: &Packing,
-    chunk: usize,
-    sign: i32,
-) -> Option<Tensor<3>> {
-    let (x, weight) = (Buffer::of(x)?, Buffer::of(weight)?);
-    let c = conv(&x, &weight, packing)?;
-    let y = x.empty([c.batch, c.tokens, c.d], DType::BF16);
-    let mut reads = vec![&x, &weight];
-    reads.extend(&c.document);
-    on_stream(&reads, &[&y], |cx, from, to| {
-        let args = [
-            Arg::Ptr(to[0]),
-            Arg::Ptr(from[0]),
-            Arg::Ptr(from[1]),
-            Arg::Int(i32::from(weight.dtype() == DType::F32)),
-            Arg::Ptr(from.get(2).copied().unwrap_or(0)),
-            Arg::Int(c.tokens as i32),
-            Arg::Int(chunk as i32),
-            Arg::Int(c.d as i32),
-            Arg::Int(sign),
-        ];
-        let runs = c.tokens.div_ceil(CONV_RUN);
-        let grid = (c.d.div_ceil(1024) as u32, runs as u32, c.batch as u32);
-        cx.launch("conv_apply", grid, 128, &args)
-    });
-    Some(y.tensor())
-}
-
-/// The gradient of the weight, `[D, 1, 5]` f32.
-pub fn conv_weight_gradient(
-    x: &Tensor<3>,
-    weight: &Tensor<3>,
-    du: &Tensor<3>,
-    packing: &Packing,
-    chunk: usize,
-) -> Option<Tensor<3>> {
-    let (x, weight, du) = (Buffer::of(x)?, Buffer::of(weight)?, Buffer::of(du)?);
-    let c = conv(&x, &weight, packing)?;
-    if du.dtype() != DType::BF16 {
-        return None;
     }
-    let runs = c.tokens.div_ceil(RUN);
-    let groups = runs * c.batch;
-    let partial = x.empty([groups, c.d, 1, 5], DType::F32);
-    let dw = x.empty([c.d, 1, 5], DType::F32);
-    let mut reads = vec![&x, &du];
-    reads.extend(&c.document);
-    on_stream(&reads, &[&dw, &partial], |cx, from, to| {
-        let args = [
-            Arg::Ptr(to[1]),
-            Arg::Ptr(from[0]),
-            Arg::Ptr(from[1]),
-            Arg::Ptr(from.get(2).copied().unwrap_or(0)),
-            Arg::Int(c.tokens as i32),
-            Arg::Int(chunk as i32),
-            Arg::Int(c.d as i32),
-            Arg::Int(RUN as i32),
-        ];
-        let grid = (c.d.div_ceil(1024) as u32, runs as u32, c.batch as u32);
-        cx.launch("conv_weight_grad", grid, 128, &args)?;
-        sum_partials(cx, to[0], to[1], groups, c.d * 5)
-    });
-    Some(dw.tensor())
 }

@@ -98,7 +98,7 @@ impl Function<2> for ChunkConv {
     fn forward(&self, [x, weight]: [Value; 2]) -> Forward<Self::Saved> {
         let (x, weight) = (x.tensor::<3>(), weight.tensor::<3>());
         #[cfg(feature = "cuda")]
-        if let Some(u) = crate::cuda::ttt::conv_apply(&x, &weight, &self.packing, self.chunk, 1) {
+        if let Some(u) = crate::cuda::conv::apply(&x, &weight, &self.packing, self.chunk, 1) {
             return Forward {
                 output: u.into(),
                 extra: vec![],
@@ -125,9 +125,9 @@ impl Function<2> for ChunkConv {
         let du = du.tensor::<3>();
         #[cfg(feature = "cuda")]
         {
-            use crate::cuda::ttt::{conv_apply, conv_weight_gradient};
-            let dw = conv_weight_gradient(&x, &weight, &du, &self.packing, self.chunk);
-            let dx = conv_apply(&du, &weight, &self.packing, self.chunk, -1);
+            use crate::cuda::conv;
+            let dw = conv::weight_gradient(&x, &weight, &du, &self.packing, self.chunk);
+            let dx = conv::apply(&du, &weight, &self.packing, self.chunk, -1);
             if let (Some(dx), Some(dw)) = (dx, dw) {
                 return [Some(dx.into()), Some(dw.into())];
             }
