@@ -14,6 +14,7 @@
 //! | V | vocabulary |
 //! | C | tokens of a TTT chunk |
 
+pub mod bench;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod doctor;

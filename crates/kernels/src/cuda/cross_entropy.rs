@@ -13,6 +13,8 @@ const LOGITS: usize = 1 << 27;
 pub struct Loss {
     /// Each token's loss, 0 without a label: `[T]` f32.
     pub losses: Tensor<1>,
+    /// scale · Σ losses: `[1]`.
+    pub total: Tensor<1>,
     /// Gradients of scale · Σ losses: dh `[T, D]` bf16, dW `[V, D]` f32.
     pub gradients: Option<(Tensor<2>, Tensor<2>)>,
 }
@@ -40,6 +42,7 @@ pub fn forward(
     let vocab = weight.dims()[0];
     let step = (LOGITS / vocab).max(128).min(tokens);
     let losses = h.empty([tokens], DType::F32);
+    let total = h.empty([1], DType::F32);
     let logits = h.empty([step, vocab], DType::BF16);
     let gradients = with_gradients.then(|| {
         (
@@ -47,7 +50,7 @@ pub fn forward(
             h.empty([vocab, width], DType::F32),
         )
     });
-    let mut writes = vec![&losses, &logits];
+    let mut writes = vec![&losses, &logits, &total];
     if let Some((dh, dw)) = &gradients {
         writes.extend([dh, dw]);
     }
@@ -71,16 +74,23 @@ pub fn forward(
             ];
             cx.launch("cross_entropy", (rows as u32, 1, 1), 512, &args)?;
             if with_gradients {
-                let dh = bf16(to[2] + (begin * width * 2) as u64, rows, width);
+                let dh = bf16(to[3] + (begin * width * 2) as u64, rows, width);
                 cx.gemm(z, w, dh, 1.0, 0.0)?;
-                let dw = Matrix::new(to[3], vocab, width, DType::F32);
+                let dw = Matrix::new(to[4], vocab, width, DType::F32);
                 let beta = if begin == 0 { 0.0 } else { 1.0 };
                 cx.gemm(z.t(), rows_of_h, dw, 1.0, beta)?;
             }
         }
-        Ok(())
+        let args = [
+            Arg::Ptr(to[2]),
+            Arg::Ptr(to[0]),
+            Arg::Int(tokens as i32),
+            Arg::Float(scale as f32),
+        ];
+        cx.launch("scaled_total", (1, 1, 1), 1024, &args)
     });
     Some(Loss {
+        total: total.tensor(),
         losses: losses.tensor(),
         gradients: gradients.map(|(dh, dw)| (dh.tensor(), dw.tensor())),
     })

@@ -105,7 +105,7 @@ impl Function<2> for LinearCrossEntropy {
             && let Some(gradients) = done.gradients
         {
             return Forward {
-                output: done.losses.sum().mul_scalar(self.scale).into(),
+                output: done.total.into(),
                 extra: vec![],
                 saved: gradients,
             };

@@ -57,3 +57,12 @@ extern "C" __global__ void cross_entropy(float *loss, u16 *logits, const void *l
     for (int i = 8 * n8 + threadIdx.x; i < vocab; i += blockDim.x)
         z[i] = narrow(__expf(widen(z[i]) - most) * factor - (i == label ? scale : 0.f));
 }
+
+// out[0] = scale · Σ x. One block, so that the order of the sum is fixed.
+extern "C" __global__ void scaled_total(float *out, const float *x, int n, float scale) {
+    __shared__ float shared[32];
+    float s = 0.f;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) s += x[i];
+    s = block_sum(s, shared);
+    if (threadIdx.x == 0) out[0] = scale * s;
+}
