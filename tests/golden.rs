@@ -188,7 +188,7 @@ impl Golden {
         in_any_order(&mut config);
         let config = hf::config_from_json(&config).map_err(|e| e.to_string())?;
         let tokens = ids[0].len();
-        let decode_split = match key("decode_split")? {
+        let decode_split: Vec<usize> = match key("decode_split")? {
             None => {
                 let first = tokens.min(13);
                 let ones = std::iter::repeat_n(1, tokens - first);

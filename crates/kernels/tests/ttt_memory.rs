@@ -81,14 +81,22 @@ fn memory_does_not_grow_with_the_number_of_chunks() {
             oracle::stored_states(z, v, w0, &spec)
         })
     };
-    scan(4); // what the process sets up once: thread pools, packing buffers
+    // What the process sets up once: thread pools, and the packing buffers of each shape of product.
+    for chunks in [4, 16, 64, 256] {
+        scan(chunks);
+    }
     let (few, many) = (scan(4), scan(64));
     let (stored_few, stored_many) = (stored(4), stored(64));
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     println!(
-        "peak MiB at 4 and 64 chunks: scan {:.1} and {:.1}, stored states {:.1} and {:.1}; one state {:.1}",
+        "peak MiB of the scan at 4, 16, 64 and 256 chunks: {:.2}, {:.2}, {:.2}, {:.2}",
         mib(few),
+        mib(scan(16)),
         mib(many),
+        mib(scan(256)),
+    );
+    println!(
+        "of stored states at 4 and 64: {:.2}, {:.2}; one state is {:.2}",
         mib(stored_few),
         mib(stored_many),
         mib(STATE),

@@ -39,12 +39,12 @@ fn single<const R: usize>(shape: [usize; R], seed: u64) -> Tensor<R> {
     normal(shape, 1.0, seed, &Device::flex(), DType::F32)
 }
 
-/// At chunk-aligned starts a packed document equals a run of its own, bit for bit.
+/// At chunk-aligned starts a packed document equals a run of its own.
 #[test]
 fn aligned_documents_equal_runs_alone() {
     let (chunk, starts, length) = (4, [0, 4, 16, 20], 27);
-    let (z, x) = (single([1, length, INNER], 1), single([1, length, WIDTH], 2));
-    let layer = Layer::new(DType::F32);
+    let (z, x) = (random([1, length, INNER], 1), random([1, length, WIDTH], 2));
+    let layer = Layer::new(DType::F64);
     let packing = Packing::new(length, vec![starts.to_vec()]).unwrap();
     let packed = layer.run(z.clone(), x.clone(), &packing, chunk);
     for (i, &begin) in starts.iter().enumerate() {
@@ -52,7 +52,8 @@ fn aligned_documents_equal_runs_alone() {
         let cut = |t: &Tensor<3>| t.clone().slice([0..1, begin..end]);
         let alone = Packing::whole_rows(1, end - begin);
         let alone = layer.run(cut(&z), cut(&x), &alone, chunk);
-        assert_eq!(values(&cut(&packed)), values(&alone), "document {i}");
+        let error = relative_error(&cut(&packed), &alone);
+        assert!(error < 1e-14, "document {i}: {error:e}");
     }
 }
 
@@ -60,14 +61,15 @@ fn aligned_documents_equal_runs_alone() {
 #[test]
 fn rows_are_independent() {
     let packing = Packing::new(19, vec![vec![0, 9], vec![0], vec![0, 4, 12]]).unwrap();
-    let (z, x) = (single([3, 19, INNER], 1), single([3, 19, WIDTH], 2));
-    let layer = Layer::new(DType::F32);
+    let (z, x) = (random([3, 19, INNER], 1), random([3, 19, WIDTH], 2));
+    let layer = Layer::new(DType::F64);
     let together = layer.run(z.clone(), x.clone(), &packing, 4);
     for row in 0..3 {
         let cut = |t: &Tensor<3>| t.clone().slice([row..row + 1]);
         let alone = Packing::new(19, vec![packing.rows()[row].clone()]).unwrap();
         let alone = layer.run(cut(&z), cut(&x), &alone, 4);
-        assert_eq!(values(&cut(&together)), values(&alone), "row {row}");
+        let error = relative_error(&cut(&together), &alone);
+        assert!(error < 1e-14, "row {row}: {error:e}");
     }
 }
 
@@ -141,6 +143,7 @@ fn a_document_never_moves_another() {
             t.clone().slice_assign([0..1, begin..end, 0..width], other)
         };
         let after = outputs_and_gradients(&rewrite(&z, INNER), &rewrite(&x, WIDTH), &packing);
+        assert_ne!(before[0], after[0], "document {i} moved nothing at all");
         for (name, width, before, after) in [
             ("output", WIDTH, &before[0], &after[0]),
             ("dz", INNER, &before[1], &after[1]),
@@ -154,7 +157,6 @@ fn a_document_never_moves_another() {
                     "{name} of token {token}, document {i}"
                 );
             }
-            assert_ne!(before, after, "{name}: document {i} moved nothing at all");
         }
     }
 }

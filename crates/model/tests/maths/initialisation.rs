@@ -31,6 +31,17 @@ fn new_layers(spec: &ParamSpec) -> Tensor<1> {
     }
 }
 
+/// Wide enough for every product to take the matrix library's general path, which adds up a row's
+/// terms in one order whatever the number of rows. Its short cuts for 256 or fewer results do not,
+/// so there a chunk's down projection differs from the whole row's in the last bit.
+fn wide(target: Target) -> ModelConfig {
+    let mut config = config(target);
+    config.hidden_size = 80;
+    config.intermediate_size = 96;
+    config.ttt.chunk = 16;
+    config
+}
+
 fn model(config: &ModelConfig) -> WholeModel {
     WholeModel::new(config, DType::F32, new_layers)
 }
@@ -39,10 +50,10 @@ const LEARNED_TARGETS: [Target; 2] = [Target::Embedding, Target::Hidden];
 
 #[test]
 fn a_new_ttt_model_is_bitwise_the_base_model() {
-    let ids = token_ids(&[text(19, 1), text(19, 2)]);
-    let packing = Packing::whole_rows(2, 19);
+    let ids = token_ids(&[text(37, 1), text(37, 2)]);
+    let packing = Packing::whole_rows(2, 37);
     for target in LEARNED_TARGETS {
-        let config = config(target);
+        let config = wide(target);
         let with = model(&config).logits(&ids, &packing);
         let without = model(&without_ttt(&config)).logits(&ids, &packing);
         assert_eq!(values(&with), values(&without), "{target:?}");
