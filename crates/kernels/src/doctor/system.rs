@@ -123,3 +123,27 @@ pub fn system() -> Vec<Finding> {
         fine: false,
     }]
 }
+
+/// Bytes of the current GPU's memory that are taken, by this program's pools and whoever else uses it.
+#[cfg(feature = "cuda")]
+pub fn memory_in_use() -> Option<u64> {
+    use cudarc::driver::{result as driver, sys};
+    // SAFETY: only asks whether the library can be opened.
+    if !unsafe { sys::is_culib_present() } {
+        return None;
+    }
+    driver::init().ok()?;
+    let device = driver::device::get(0).ok()?;
+    // SAFETY: `device` is valid; the context is the one that Burn uses, which stays.
+    let context = unsafe { driver::primary_ctx::retain(device) }.ok()?;
+    // SAFETY: `context` is live.
+    unsafe { driver::ctx::set_current(context) }.ok()?;
+    let (free, total) = driver::mem_get_info().ok()?;
+    Some((total - free) as u64)
+}
+
+/// Not known without CUDA.
+#[cfg(not(feature = "cuda"))]
+pub fn memory_in_use() -> Option<u64> {
+    None
+}
