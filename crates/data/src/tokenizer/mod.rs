@@ -191,10 +191,24 @@ fn locate(name: &Path, offline: bool) -> Result<PathBuf, DataError> {
         return hub::fetch_model_file(hub_name, TOKENIZER_FILE, offline);
     }
     if name.is_dir() {
-        Ok(name.join(TOKENIZER_FILE))
-    } else {
-        Ok(name.to_path_buf())
+        return Ok(name.join(TOKENIZER_FILE));
     }
+    let parts = name.components().count();
+    if !name.exists()
+        && name.is_relative()
+        && parts == 2
+        && name.extension().is_none_or(|e| e != "json")
+    {
+        return Err(DataError::BadTokenizer {
+            path: name.to_path_buf(),
+            reason: format!(
+                "no such file or folder; for the hub write {}{}",
+                hub::PREFIX,
+                name.display()
+            ),
+        });
+    }
+    Ok(name.to_path_buf())
 }
 
 /// The file's bytes and their hash.
