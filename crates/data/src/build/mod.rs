@@ -63,7 +63,7 @@ pub fn build(config: &BuildConfig, progress: Progress) -> Result<Manifest, DataE
 
     let out = &config.out;
     std::fs::create_dir_all(out).map_err(DataError::io(out, "create the folder"))?;
-    let _lock = lock(out)?;
+    let _lock = Lock::take(out)?;
     if let Some(finished) = finished_before(config, &fingerprint)? {
         return Ok(finished);
     }
@@ -126,16 +126,29 @@ pub fn build(config: &BuildConfig, progress: Progress) -> Result<Manifest, DataE
     Ok(manifest)
 }
 
-/// Keeps two builds out of one folder; the lock goes when the file is closed, also by a kill.
-fn lock(out: &Path) -> Result<std::fs::File, DataError> {
-    let path = out.join(LOCK_FILE);
-    let file = std::fs::File::create(&path).map_err(DataError::io(&path, "create the lock"))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(DataError::BuildRunning {
-            path: out.to_path_buf(),
-        }),
-        Err(std::fs::TryLockError::Error(error)) => Err(DataError::io(&path, "lock")(error)),
+/// Keeps two builds out of one folder. The system lets go of it when the process ends, also by a kill.
+struct Lock {
+    file: std::fs::File,
+}
+
+impl Lock {
+    fn take(out: &Path) -> Result<Self, DataError> {
+        let path = out.join(LOCK_FILE);
+        let file = std::fs::File::create(&path).map_err(DataError::io(&path, "create the lock"))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { file }),
+            Err(std::fs::TryLockError::WouldBlock) => Err(DataError::BuildRunning {
+                path: out.to_path_buf(),
+            }),
+            Err(std::fs::TryLockError::Error(error)) => Err(DataError::io(&path, "lock")(error)),
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing is not enough: a child that another thread is just starting holds a copy of the handle.
+        let _ = self.file.unlock();
     }
 }
 
