@@ -3,6 +3,7 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::compare::{Comparison, Op};
+use crate::dtype::cast;
 use crate::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
 use crate::testing::{normal, relative_error};
 use crate::ttt::{ScanSpec, chunk_conv, fast_weight_scan};
@@ -123,19 +124,30 @@ pub fn all() -> Vec<Op> {
         };
         let inputs = [(2 * 70 * 64, 1.0), (64 * 5, 1.0)];
         all.push(op(&format!("convolution, {name}"), &inputs, ROUNDED, run));
-        let run = move |x: &[Tensor<1>]| {
-            let z: Tensor<3> = x[0].clone().reshape([2, 70, 48]);
-            let v: Tensor<3> = x[1].clone().reshape([2, 70, 40]);
-            let spec = ScanSpec {
-                lr: 0.3,
-                chunk: 16,
-                clip: None,
-                packing: packing.clone(),
+        // Chunks of 2 make more pieces than a group holds.
+        for chunk in [16, 2] {
+            let packing = packing.clone();
+            let run = move |x: &[Tensor<1>]| {
+                let z: Tensor<3> = x[0].clone().reshape([2, 70, 48]);
+                let v: Tensor<3> = x[1].clone().reshape([2, 70, 40]);
+                let spec = ScanSpec {
+                    lr: 0.3,
+                    chunk,
+                    clip: None,
+                    packing: packing.clone(),
+                };
+                // As in training: W0 in f32.
+                let w0 = cast(x[2].clone(), DType::F32).reshape([40, 48]);
+                flat(fast_weight_scan(z, v, w0, spec).output)
             };
-            flat(fast_weight_scan(z, v, x[2].clone().reshape([40, 48]), spec).output)
-        };
-        let inputs = [(2 * 70 * 48, 1.0), (2 * 70 * 40, 0.1), (40 * 48, 0.3)];
-        all.push(op(&format!("TTT scan, {name}"), &inputs, CHAIN, run));
+            let inputs = [(2 * 70 * 48, 1.0), (2 * 70 * 40, 0.1), (40 * 48, 0.3)];
+            all.push(op(
+                &format!("TTT scan, {name}, chunk {chunk}"),
+                &inputs,
+                CHAIN,
+                run,
+            ));
+        }
     }
     let whole = |rows, length| Some(Packing::whole_rows(rows, length));
     all.push(attention_case(
