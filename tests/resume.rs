@@ -14,8 +14,14 @@ fn two_resumes_change_nothing() {
     for (stop, name) in [(30, "TERM"), (65, "INT")] {
         let mut child = parts.train_until(stop);
         signal(&child, name);
-        assert!(child.wait().expect("wait").success(), "a signal ends a run well");
-        assert!(parts.steps().len() < 100, "the signal came too late to test anything");
+        assert!(
+            child.wait().expect("wait").success(),
+            "a signal ends a run well"
+        );
+        assert!(
+            parts.steps().len() < 100,
+            "the signal came too late to test anything"
+        );
     }
     parts.train_well(&[]);
 
@@ -25,7 +31,10 @@ fn two_resumes_change_nothing() {
         assert_eq!(expected, got);
     }
     assert_eq!(expected.len(), got.len());
-    assert!(state(&whole.newest()) == state(&parts.newest()), "the final states differ");
+    assert!(
+        state(&whole.newest()) == state(&parts.newest()),
+        "the final states differ"
+    );
 
     // Control: the comparison sees a run on another seed.
     let other = Run::new(100);

@@ -12,7 +12,10 @@ fn refused(run: &Run, args: &[&str], words: &[&str]) {
     for word in words {
         assert!(text.contains(word), "{args:?}: no {word:?} in: {text}");
     }
-    assert!(!text.contains("panicked") && !text.contains("backtrace"), "{text}");
+    assert!(
+        !text.contains("panicked") && !text.contains("backtrace"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -36,10 +39,27 @@ fn mistakes_in_the_configuration() {
 fn checkpoints_that_cannot_be_used() {
     let run = Run::new(10);
     run.train_well(&[]);
-    let resume = |set| ["train", "config.toml", "--set", "train.steps=20", "--set", set];
-    refused(&run, &resume("model.rms_norm_eps=1e-5"), &["rms_norm_eps", "--resume never"]);
+    let resume = |set| {
+        [
+            "train",
+            "config.toml",
+            "--set",
+            "train.steps=20",
+            "--set",
+            set,
+        ]
+    };
+    refused(
+        &run,
+        &resume("model.rms_norm_eps=1e-5"),
+        &["rms_norm_eps", "--resume never"],
+    );
     refused(&run, &resume("run.seed=9"), &["batches"]);
-    refused(&run, &["train", "config.toml", "--resume", "never"], &["in the way"]);
+    refused(
+        &run,
+        &["train", "config.toml", "--resume", "never"],
+        &["in the way"],
+    );
     refused(&run, &["eval", "nowhere"], &["nowhere"]);
 
     // A truncated and a changed file are both noticed.
@@ -47,11 +67,19 @@ fn checkpoints_that_cannot_be_used() {
     let weights = newest.join("model.safetensors");
     let whole = std::fs::read(&weights).expect("read");
     std::fs::write(&weights, &whole[..whole.len() - 1]).expect("write");
-    refused(&run, &resume("train.steps=20"), &["model.safetensors", "damaged"]);
+    refused(
+        &run,
+        &resume("train.steps=20"),
+        &["model.safetensors", "damaged"],
+    );
     let mut changed = whole.clone();
     changed[whole.len() / 2] ^= 1;
     std::fs::write(&weights, changed).expect("write");
-    refused(&run, &resume("train.steps=20"), &["model.safetensors", "damaged"]);
+    refused(
+        &run,
+        &resume("train.steps=20"),
+        &["model.safetensors", "damaged"],
+    );
     std::fs::remove_file(&weights).expect("remove");
     refused(&run, &resume("train.steps=20"), &["model.safetensors"]);
 }
@@ -62,11 +90,18 @@ fn shards_that_cannot_be_used() {
     run.train_well(&[]);
     std::fs::remove_dir_all(run.path("run/checkpoints")).expect("remove");
     let shards = run.path("shards/shards/persuasion");
-    let entry = std::fs::read_dir(&shards).expect("shards").next().expect("a shard");
+    let entry = std::fs::read_dir(&shards)
+        .expect("shards")
+        .next()
+        .expect("a shard");
     let shard = entry.expect("an entry").path();
     let bytes = std::fs::read(&shard).expect("read");
     std::fs::write(&shard, &bytes[..bytes.len() / 2]).expect("write");
-    let name = shard.file_name().expect("a name").to_string_lossy().into_owned();
+    let name = shard
+        .file_name()
+        .expect("a name")
+        .to_string_lossy()
+        .into_owned();
     refused(
         &run,
         &["train", "config.toml", "--set", "data.sources=[]"],

@@ -90,7 +90,11 @@ rows = 4
 
     /// `ttt train config.toml ARGS`, to its end.
     pub fn train(&self, args: &[&str]) -> Output {
-        let all: Vec<&str> = ["train", "config.toml"].iter().chain(args).copied().collect();
+        let all: Vec<&str> = ["train", "config.toml"]
+            .iter()
+            .chain(args)
+            .copied()
+            .collect();
         self.ttt(&all).output().expect("run ttt")
     }
 
@@ -123,14 +127,22 @@ rows = 4
     /// The step lines of `metrics.jsonl`, without what depends on the clock or the machine.
     pub fn steps(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(self.path("run/metrics.jsonl")).unwrap_or_default();
-        let lines = text.lines().filter_map(|line| serde_json::from_str(line).ok());
+        let lines = text
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok());
         let steps = lines.filter(|line: &Value| line.get("loss").is_some());
         steps
             .map(|mut line| {
                 let map = line.as_object_mut().expect("a line is an object");
                 map.retain(|key, _| {
-                    !["tokens_per_s", "elapsed_s", "memory_gib", "mfu", "mfu_with_ttt"]
-                        .contains(&key.as_str())
+                    ![
+                        "tokens_per_s",
+                        "elapsed_s",
+                        "memory_gib",
+                        "mfu",
+                        "mfu_with_ttt",
+                    ]
+                    .contains(&key.as_str())
                 });
                 line
             })
@@ -143,7 +155,10 @@ rows = 4
         let entries = std::fs::read_dir(&folder).expect("checkpoints");
         let mut found: Vec<PathBuf> = entries
             .map(|entry| entry.expect("an entry").path())
-            .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("step-")))
+            .filter(|path| {
+                path.file_name()
+                    .is_some_and(|name| name.to_string_lossy().starts_with("step-"))
+            })
             .collect();
         found.sort();
         found.pop().expect("a checkpoint")

@@ -358,10 +358,7 @@ impl TttConfig {
             return Ok(());
         }
         if self.layers.is_some() && self.every.is_some() {
-            refuse(
-                "ttt.layers",
-                "give either layers or every, not both",
-            )?;
+            refuse("ttt.layers", "give either layers or every, not both")?;
         }
         if self.every == Some(0) {
             refuse("ttt.every", "must be at least 1, got 0")?;
@@ -388,7 +385,10 @@ impl TttConfig {
         }
         if !(self.lr.is_finite() && self.lr >= 0.0) {
             let lr = self.lr;
-            refuse("ttt.lr", format!("must be zero or a positive number, got {lr}"))?;
+            refuse(
+                "ttt.lr",
+                format!("must be zero or a positive number, got {lr}"),
+            )?;
         }
         if self.conv_kernel.is_multiple_of(2) {
             let taps = self.conv_kernel;
@@ -397,7 +397,10 @@ impl TttConfig {
                 format!("must be odd, so that one tap is the current token, got {taps}"),
             )?;
         }
-        if self.clip.is_some_and(|clip| !(clip.is_finite() && clip > 0.0)) {
+        if self
+            .clip
+            .is_some_and(|clip| !(clip.is_finite() && clip > 0.0))
+        {
             refuse("ttt.clip", "must be a positive number")?;
         }
         Ok(())

@@ -172,9 +172,9 @@ fn latest(x: &Tensor<4>, window: Option<usize>) -> Tensor<4> {
     let [batch, tokens, _, _] = x.dims();
     match window {
         // At least one token is kept, since a tensor cannot be empty.
-        Some(window) if tokens >= window.max(2) => {
-            x.clone().slice([0..batch, tokens + 1 - window.max(2)..tokens])
-        }
+        Some(window) if tokens >= window.max(2) => x
+            .clone()
+            .slice([0..batch, tokens + 1 - window.max(2)..tokens]),
         _ => x.clone(),
     }
 }

@@ -33,7 +33,10 @@ impl ForwardFlops {
         });
         let chunks = sequence_length.div_ceil(config.ttt.chunk.max(1)) as f64;
         let projection = f64::from(u8::from(config.ttt.projection)) * 2.0 * d * d;
-        let conv = config.ttt.conv_taps().map_or(0.0, |taps| 2.0 * taps as f64 * d);
+        let conv = config
+            .ttt
+            .conv_taps()
+            .map_or(0.0, |taps| 2.0 * taps as f64 * d);
         let per_ttt_layer = 2.0 * d * f * (chunks - 1.0) / chunks + projection + conv;
         Self {
             matmul: 2.0 * (layers as f64 * per_layer + d * config.vocab_size as f64),

@@ -69,8 +69,7 @@ pub fn frequencies(config: &ModelConfig) -> (Vec<f64>, f64) {
         }) => {
             // Channel pair that makes `turns` turns over the original context.
             let context = *original_max_position_embeddings as f64;
-            let pair =
-                |turns: f64| size * (context / (turns * TAU)).ln() / (2.0 * theta.ln());
+            let pair = |turns: f64| size * (context / (turns * TAU)).ln() / (2.0 * theta.ln());
             let low = pair(*beta_fast).floor().max(0.0);
             let mut high = pair(*beta_slow).ceil().min(size - 1.0);
             if low == high {

@@ -5,6 +5,7 @@
 
 mod group;
 mod mesh;
+pub mod threads;
 
 pub use group::{CommError, ProcessGroup, SingleRank};
 pub use mesh::Mesh;

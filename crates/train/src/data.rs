@@ -4,8 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ttt_data::{
-    BuildConfig, Dataset, Loader, Progress, Sampler, Split, Tokenizer, build,
-    train_tokenizer,
+    BuildConfig, Dataset, Loader, Progress, Sampler, Split, Tokenizer, build, train_tokenizer,
 };
 use ttt_parallel::Mesh;
 

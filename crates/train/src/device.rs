@@ -20,9 +20,10 @@ pub fn open(kind: DeviceKind) -> Result<Device, TrainError> {
 fn open_cuda() -> Result<Device, TrainError> {
     Err(TrainError::Device {
         device: "cuda",
-        problem: "this program was built without GPU support: build it with `cargo build --release \
+        problem:
+            "this program was built without GPU support: build it with `cargo build --release \
                   --features cuda`, or set run.device = \"cpu\""
-            .into(),
+                .into(),
     })
 }
 

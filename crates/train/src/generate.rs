@@ -160,9 +160,15 @@ mod tests {
         for (sampling, expected) in [
             (sampling(0.0, None, None), [0.0, 0.0, 1.0, 0.0]),
             (sampling(1.0, None, None), [0.125, 0.25, 0.5, 0.125]),
-            (sampling(1.0, Some(2), None), [0.0, 1.0 / 3.0, 2.0 / 3.0, 0.0]),
+            (
+                sampling(1.0, Some(2), None),
+                [0.0, 1.0 / 3.0, 2.0 / 3.0, 0.0],
+            ),
             (sampling(1.0, None, Some(0.5)), [0.0, 0.0, 1.0, 0.0]),
-            (sampling(0.5, None, None), [1.0 / 22.0, 4.0 / 22.0, 16.0 / 22.0, 1.0 / 22.0]),
+            (
+                sampling(0.5, None, None),
+                [1.0 / 22.0, 4.0 / 22.0, 16.0 / 22.0, 1.0 / 22.0],
+            ),
         ] {
             for (got, expected) in frequencies(&logits, &sampling).iter().zip(expected) {
                 // 20,000 draws: the standard error is at most 0.0036; 4 of them.

@@ -4,8 +4,11 @@
 //! for it: a bad step leaves weights and moments as they were, and the host hears of it when it
 //! reads the metrics.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Device, Tensor};
-use ttt_kernels::ops::adamw::{AdamW, adamw_step, square_sum};
+use glob::Pattern;
+use ttt_kernels::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
 use ttt_parallel::{CommError, Mesh};
 
 use crate::config::{OnBadGradient, OptimizerConfig};
@@ -22,6 +25,8 @@ const SPIKE_WARMUP: u64 = 50;
 pub struct Updater {
     hyper: AdamW,
     grad_clip: f64,
+    /// Learning-rate factors by name; the last that matches counts.
+    overrides: Vec<(Pattern, f64)>,
     on_bad: OnBadGradient,
     spike_factor: Option<f64>,
     /// Running mean of the gradient norm over good steps: `[1]` f32; 0 before the first.
@@ -56,6 +61,17 @@ impl Updater {
                 weight_decay: config.weight_decay,
             },
             grad_clip: config.grad_clip,
+            overrides: config
+                .overrides
+                .iter()
+                .map(|entry| {
+                    let pattern = Pattern::new(&entry.pattern);
+                    (
+                        pattern.expect("checked with the configuration"),
+                        entry.lr_scale,
+                    )
+                })
+                .collect(),
             on_bad,
             spike_factor,
             mean_norm: scalar(f64::from(mean_norm), device),
@@ -80,14 +96,24 @@ impl Updater {
         for unit in units.iter_mut() {
             gradients.push(unit.take_gradient(mesh)?);
         }
-        let squares = gradients.iter().map(|gradient| square_sum(gradient.clone()));
-        let squares = squares.reduce(|a, b| a + b).expect("a model has units");
+        // What is frozen has no part in the norm, as if it had no gradient.
+        let rank = mesh.shard.rank();
+        let mut squares = scalar(0.0, &self.mean_norm.device());
+        for (unit, gradient) in units.iter().zip(&gradients) {
+            for (range, lr_scale) in self.stretches(unit, rank) {
+                if lr_scale > 0.0 {
+                    squares = squares + square_sum(cut(gradient, &range));
+                }
+            }
+        }
         let squares = mesh.shard.all_reduce_sum(squares)?;
         let grad_norm = squares.sqrt() * normalizer.clone();
 
         let good = self.judge(&grad_norm, step);
         // A bad norm may be NaN: it must not reach the running mean or the clip factor.
-        let finite = grad_norm.clone().mask_fill(good.clone().equal_scalar(0.0), 0.0);
+        let finite = grad_norm
+            .clone()
+            .mask_fill(good.clone().equal_scalar(0.0), 0.0);
         let clip = match self.grad_clip > 0.0 {
             true => finite
                 .clone()
@@ -99,25 +125,75 @@ impl Updater {
         };
         let scale = clip * normalizer * good.clone();
         for (unit, gradient) in units.iter_mut().zip(gradients) {
-            let decayed = unit.layout.decayed(mesh.shard.rank());
-            let (master, moments) = adamw_step(
-                unit.master.clone(),
-                unit.moments.clone(),
-                gradient,
-                decayed,
-                lr,
-                step + 1,
-                scale.clone(),
-                good.clone(),
-                &self.hyper,
-            );
-            unit.update(master, moments);
+            self.update_unit(unit, gradient, lr, step, (&scale, &good), rank);
         }
         self.follow(finite, &good);
         Ok(UpdateOutput {
             grad_norm,
             applied: good,
         })
+    }
+
+    /// Updates one unit, stretch by stretch where its parameters have learning rates of their own.
+    fn update_unit(
+        &self,
+        unit: &mut UnitState,
+        gradient: Tensor<1>,
+        lr: f64,
+        step: u64,
+        (scale, good): (&Tensor<1>, &Tensor<1>),
+        rank: usize,
+    ) {
+        let decayed = unit.layout.decayed(rank);
+        let (mut masters, mut firsts, mut seconds) = (vec![], vec![], vec![]);
+        for (range, lr_scale) in self.stretches(unit, rank) {
+            let moments = Moments {
+                first: cut(&unit.moments.first, &range),
+                second: cut(&unit.moments.second, &range),
+            };
+            let master = cut(&unit.master, &range);
+            let (master, moments) = match lr_scale == 0.0 {
+                true => (master, moments),
+                false => adamw_step(
+                    master,
+                    moments,
+                    cut(&gradient, &range),
+                    0..decayed.end.clamp(range.start, range.end) - range.start,
+                    lr * lr_scale,
+                    step + 1,
+                    scale.clone(),
+                    good.clone(),
+                    &self.hyper,
+                ),
+            };
+            masters.push(master);
+            firsts.push(moments.first);
+            seconds.push(moments.second);
+        }
+        let join = |mut parts: Vec<Tensor<1>>| match parts.len() {
+            1 => parts.swap_remove(0),
+            _ => Tensor::cat(parts, 0),
+        };
+        let moments = Moments {
+            first: join(firsts),
+            second: join(seconds),
+        };
+        unit.update(join(masters), moments);
+    }
+
+    /// The stretches of a unit's shard that have one learning rate, and its factor.
+    fn stretches(&self, unit: &UnitState, rank: usize) -> Vec<(Range<usize>, f64)> {
+        unit.layout.stretches(rank, |name| self.lr_scale(name))
+    }
+
+    /// The factor on the learning rate of the parameter `name`.
+    fn lr_scale(&self, name: &str) -> f64 {
+        let matching = self
+            .overrides
+            .iter()
+            .rev()
+            .find(|(pattern, _)| pattern.matches(name));
+        matching.map_or(1.0, |(_, scale)| *scale)
     }
 
     /// 1 if a gradient of this norm may be used, else 0: `[1]`.
@@ -143,6 +219,14 @@ impl Updater {
         let moved = start.clone() + (norm - start).mul_scalar(NORM_FOLLOW);
         let keep = good.clone().equal_scalar(0.0);
         self.mean_norm = moved.mask_where(keep, self.mean_norm.clone());
+    }
+}
+
+/// Elements `range`; the common case, all of them, must not copy.
+fn cut(tensor: &Tensor<1>, range: &Range<usize>) -> Tensor<1> {
+    match *range == (0..tensor.dims()[0]) {
+        true => tensor.clone(),
+        false => tensor.clone().slice([range.clone()]),
     }
 }
 

@@ -43,6 +43,7 @@ mod tests {
             eps: 1e-8,
             weight_decay: 0.1,
             grad_clip: 1.0,
+            overrides: vec![],
         }
     }
 

@@ -63,6 +63,28 @@ impl FlatLayout {
         0..self.offsets[decaying].clamp(begin, begin + self.shard_len) - begin
     }
 
+    /// Rank `rank`'s shard cut into stretches of one learning rate: `scale` of each parameter's
+    /// name, neighbours of equal scale joined. The padding belongs to the last.
+    pub fn stretches(&self, rank: usize, scale: impl Fn(&str) -> f64) -> Vec<(Range<usize>, f64)> {
+        let begin = rank * self.shard_len;
+        let mut stretches: Vec<(Range<usize>, f64)> = vec![];
+        for (i, spec) in self.specs.iter().enumerate() {
+            let clamp = |at: usize| at.clamp(begin, begin + self.shard_len) - begin;
+            let (from, to) = (clamp(self.offsets[i]), clamp(self.offsets[i + 1]));
+            let scale = scale(&spec.name);
+            match stretches.last_mut() {
+                Some((range, last)) if *last == scale => range.end = to.max(range.end),
+                _ if from < to => stretches.push((from..to, scale)),
+                _ => {}
+            }
+        }
+        match stretches.last_mut() {
+            Some((range, _)) => range.end = self.shard_len,
+            None => stretches.push((0..self.shard_len, 1.0)),
+        }
+        stretches
+    }
+
     /// Rank `rank`'s shard of values given flat, padded.
     pub fn shard_of(&self, full: &[f32], rank: usize) -> Vec<f32> {
         let begin = (rank * self.shard_len).min(full.len());
@@ -186,7 +208,10 @@ impl UnitState {
     /// # Errors
     /// If a rank is lost.
     pub fn take_gradient(&mut self, mesh: &Mesh) -> Result<Tensor<1>, CommError> {
-        let own = self.gradient.take().unwrap_or_else(|| self.master.zeros_like());
+        let own = self
+            .gradient
+            .take()
+            .unwrap_or_else(|| self.master.zeros_like());
         mesh.replicate.all_reduce_sum(own)
     }
 

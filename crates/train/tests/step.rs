@@ -92,9 +92,18 @@ fn whole_graph(model: &mut Model, rows: &[Row], scale: f64) -> (Tensor<1>, Vec<T
     let device = model.device.clone();
     let units: Vec<Params> = Unit::all(&config)
         .into_iter()
-        .map(|unit| model.params(unit, &Mesh::single()).expect("one rank").tracked())
+        .map(|unit| {
+            model
+                .params(unit, &Mesh::single())
+                .expect("one rank")
+                .tracked()
+        })
         .collect();
-    let ids: Vec<i32> = rows.iter().flat_map(|r| &r.input_ids).map(|&id| id as i32).collect();
+    let ids: Vec<i32> = rows
+        .iter()
+        .flat_map(|r| &r.input_ids)
+        .map(|&id| id as i32)
+        .collect();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [rows.len(), LENGTH]), &device);
     let labels: Vec<Option<u32>> = rows
         .iter()
@@ -102,7 +111,9 @@ fn whole_graph(model: &mut Model, rows: &[Row], scale: f64) -> (Tensor<1>, Vec<T
         .map(|&l| (l != IGNORE).then_some(l))
         .collect();
     let labels = ttt_kernels::ops::cross_entropy::labels(&labels, &device);
-    let starts = rows.iter().map(|r| r.document_starts.iter().map(|&s| s as usize).collect());
+    let starts = rows
+        .iter()
+        .map(|r| r.document_starts.iter().map(|&s| s as usize).collect());
     let packing = Packing::new(LENGTH, starts.collect()).expect("a layout");
     let batch = Batch::training(&config, packing, &device);
 
@@ -152,8 +163,178 @@ fn block_by_block_equals_one_graph() {
                 let got = unit.take_gradient(&mesh).expect("one rank");
                 let error = relative_error(&got, expected);
                 // f32 sums in another order; a lost or doubled term shows as 1e-2 and more.
-                assert!(error < 2e-5, "{:?} {target:?} tied {tied}: {error:e}", unit.unit);
+                assert!(
+                    error < 2e-5,
+                    "{:?} {target:?} tied {tied}: {error:e}",
+                    unit.unit
+                );
             }
         }
+    }
+}
+
+/// Two steps of gradients and updates on a mesh of threads equal one rank's.
+#[test]
+fn sharded_and_replicated_ranks_train_like_one() {
+    let config = config(true, Target::Embedding);
+    let single = train_on(&config, &Mesh::single());
+    for (replicate, shard) in [(1, 2), (2, 1), (2, 2), (1, 3)] {
+        let ranks = mesh_of_threads(replicate, shard);
+        let states: Vec<Vec<Tensor<1>>> = std::thread::scope(|scope| {
+            let config = &config;
+            let threads: Vec<_> = ranks
+                .into_iter()
+                .map(|mesh| scope.spawn(move || train_on(config, &mesh)))
+                .collect();
+            threads
+                .into_iter()
+                .map(|t| t.join().expect("a rank"))
+                .collect()
+        });
+        for (rank, state) in states.iter().enumerate() {
+            for (got, expected) in state.iter().zip(&single) {
+                let got = got.clone().slice([0..expected.dims()[0]]);
+                let error = relative_error(&got, expected);
+                // AdamW turns a gradient's last bits into at most a few parts in 1e5 of a weight.
+                assert!(error < 1e-5, "{replicate}x{shard} rank {rank}: {error:e}");
+            }
+        }
+    }
+}
+
+/// One mesh per rank of a `replicate` × `shard` grid.
+fn mesh_of_threads(replicate: usize, shard: usize) -> Vec<Mesh> {
+    use std::sync::Arc;
+    use ttt_parallel::threads::thread_group;
+    let mut shards: Vec<_> = (0..replicate).map(|_| thread_group(shard)).collect();
+    let mut meshes = vec![];
+    for s in 0..shard {
+        for (r, replica) in thread_group(replicate).into_iter().enumerate() {
+            meshes.push(Mesh {
+                replicate: Arc::new(replica),
+                shard: Arc::new(shards[r][s].clone()),
+            });
+        }
+    }
+    shards.clear();
+    meshes
+}
+
+/// An updater that clips hard, so that the global norm matters.
+fn updater(overrides: Vec<ttt_train::config::LrOverride>) -> ttt_train::optimizer::Updater {
+    use ttt_train::config::{OnBadGradient, OptimizerConfig, ScheduleKind};
+    let hyper = OptimizerConfig {
+        lr: 1e-2,
+        min_lr_ratio: 1.0,
+        warmup_steps: 0,
+        schedule: ScheduleKind::Constant,
+        decay_fraction: 0.2,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-4,
+        weight_decay: 0.1,
+        grad_clip: 0.1,
+        overrides,
+    };
+    let device = Device::flex();
+    ttt_train::optimizer::Updater::new(&hyper, OnBadGradient::Skip, None, 0.0, &device)
+}
+
+/// Masters of all units, gathered, after two steps over twelve rows shared out among the ranks.
+fn train_on(config: &ModelConfig, mesh: &Mesh) -> Vec<Tensor<1>> {
+    use ttt_train::optimizer::scalar;
+    let device = Device::flex();
+    let unit = |unit| UnitState::new(config, unit, mesh, &device, values).expect("infallible");
+    let mut model = Model {
+        config: config.clone(),
+        units: Unit::all(config).into_iter().map(unit).collect(),
+        compute: DType::F32,
+        device: device.clone(),
+    };
+    let mut updater = updater(vec![]);
+    let all: Vec<Row> = (0..12)
+        .map(|i| rows()[i % 2].clone())
+        .map(|row| shifted(row))
+        .collect();
+    let share = all.len() / mesh.data_size();
+    let own = &all[mesh.data_rank() * share..(mesh.data_rank() + 1) * share];
+    for step in 0..2 {
+        let mut labelled = 0;
+        for row in own {
+            let micro = MicroBatch::new(std::slice::from_ref(row), &device).expect("a batch");
+            model
+                .accumulate(&micro, 0.01, Activations::Keep, mesh)
+                .expect("all ranks");
+            labelled += micro.labelled;
+        }
+        let count = mesh.all_reduce_sum(scalar(labelled as f64 * 0.01, &device));
+        let normalizer = count.expect("all ranks").recip();
+        updater
+            .update(&mut model.units, normalizer, 1e-2, step, mesh)
+            .expect("all ranks");
+    }
+    let gathered = model
+        .units
+        .iter()
+        .map(|unit| mesh.shard.all_gather(unit.master.clone()));
+    gathered.collect::<Result<_, _>>().expect("all ranks")
+}
+
+/// The row with every label one token later, so that rows differ.
+fn shifted(mut row: Row) -> Row {
+    row.labels.rotate_left(1);
+    row
+}
+
+/// A frozen parameter keeps every bit, its neighbours in the same buffer learn, and one with a
+/// smaller rate moves less.
+#[test]
+fn learning_rates_by_name() {
+    use ttt_kernels::testing::values as elements;
+    use ttt_train::config::LrOverride;
+    let config = config(false, Target::Embedding);
+    let moved = |overrides: Vec<LrOverride>| {
+        let mesh = Mesh::single();
+        let mut model = model(&config, &Device::flex());
+        let before = model.units[1].master.clone();
+        let mut updater = updater(overrides);
+        let micro = MicroBatch::new(&rows(), &model.device).expect("a batch");
+        model
+            .accumulate(&micro, 0.01, Activations::Keep, &mesh)
+            .expect("one rank");
+        let one = ttt_train::optimizer::scalar(1.0, &model.device);
+        updater
+            .update(&mut model.units, one, 1e-2, 0, &mesh)
+            .expect("one rank");
+        let layout = &model.units[1].layout;
+        let change = elements(&(model.units[1].master.clone() - before));
+        let of = |name: &str| {
+            let at = layout
+                .specs
+                .iter()
+                .position(|spec| spec.name.ends_with(name));
+            let part = &change[layout.range(at.expect("a parameter"))];
+            part.iter().map(|v| v * v).sum::<f64>().sqrt()
+        };
+        [
+            of("q_proj.weight"),
+            of("up_proj.weight"),
+            of("ttt_conv.weight"),
+        ]
+    };
+    let scale = |pattern: &str, lr_scale| LrOverride {
+        pattern: pattern.into(),
+        lr_scale,
+    };
+    let plain = moved(vec![]);
+    let changed = moved(vec![scale("*", 0.5), scale("*.up_proj.*", 0.0)]);
+    assert!(plain.iter().all(|&norm| norm > 0.0));
+    assert_eq!(changed[1], 0.0);
+    for i in [0, 2] {
+        assert!(
+            (changed[i] / plain[i] - 0.5).abs() < 1e-3,
+            "{}",
+            changed[i] / plain[i]
+        );
     }
 }

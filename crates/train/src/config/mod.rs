@@ -16,7 +16,7 @@ use ttt_model::ModelConfig;
 
 pub use error::{ConfigError, Place};
 pub use sections::{
-    Activations, CheckpointConfig, DataConfig, DeviceKind, EvalConfig, OnBadGradient,
+    Activations, CheckpointConfig, DataConfig, DeviceKind, EvalConfig, LrOverride, OnBadGradient,
     OptimizerConfig, Precision, RunConfig, ScheduleKind, SourceConfig, TrainConfig,
 };
 

@@ -188,6 +188,19 @@ pub struct OptimizerConfig {
     /// Largest global norm of the gradients; 0: no limit.
     #[serde(default = "grad_clip")]
     pub grad_clip: f64,
+    /// Parameters with a learning rate of their own; the last that matches counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub overrides: Vec<LrOverride>,
+}
+
+/// `[[optimizer.overrides]]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LrOverride {
+    /// Names of parameters, with `*` and `?`: `model.layers.*.mlp.ttt_*`.
+    pub pattern: String,
+    /// Multiplies the learning rate; 0 freezes.
+    pub lr_scale: f64,
 }
 
 pub(super) fn min_lr_ratio() -> f64 {

@@ -3,9 +3,12 @@
 use std::collections::HashSet;
 
 use ttt_model::RopeScaling;
+use ttt_model::params::all_params;
 
 use super::sections::{decay_fraction, min_lr_ratio};
-use super::{Config, DataConfig, EvalConfig, OptimizerConfig, ScheduleKind, TrainConfig};
+use super::{
+    Config, DataConfig, EvalConfig, LrOverride, OptimizerConfig, ScheduleKind, TrainConfig,
+};
 
 /// A key and a sentence about it.
 #[derive(Debug)]
@@ -37,6 +40,7 @@ pub(super) fn validate(config: &Config) -> Checked {
     })?;
     train(&config.train)?;
     optimizer(&config.optimizer, config.train.steps)?;
+    overrides(config)?;
     if config.checkpoint.keep == 0 {
         refuse("checkpoint.keep", "must be at least 1: the newest checkpoint is what a resume needs")?;
     }
@@ -140,6 +144,26 @@ fn optimizer(optimizer: &OptimizerConfig, steps: u64) -> Checked {
     Ok(())
 }
 
+fn overrides(config: &Config) -> Checked {
+    let params = all_params(&config.model);
+    for LrOverride { pattern, lr_scale } in &config.optimizer.overrides {
+        let key = format!("optimizer.overrides (pattern {pattern:?})");
+        if !(lr_scale.is_finite() && *lr_scale >= 0.0) {
+            let sentence = format!("lr_scale must be 0 (frozen) or a positive number, got {lr_scale}");
+            refuse(&key, sentence)?;
+        }
+        match glob::Pattern::new(pattern) {
+            Err(error) => refuse(&key, format!("not a pattern of names with * and ?: {error}"))?,
+            Ok(matcher) if !params.iter().any(|spec| matcher.matches(&spec.name)) => {
+                let example = &params[params.len() / 2].name;
+                refuse(&key, format!("matches no parameter; one is named {example}"))?;
+            }
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
 fn data(data: &DataConfig) -> Checked {
     if data.path.as_os_str().is_empty() {
         refuse("data.path", "expected a folder for the token shards, found an empty text")?;
@@ -187,8 +211,8 @@ fn data(data: &DataConfig) -> Checked {
 }
 
 fn eval(eval: &EvalConfig, data: &DataConfig) -> Checked {
-    if eval.every > 0 && eval.rows == 0 {
-        refuse("eval.rows", "must be at least 1 where eval.every is not 0")?;
+    if eval.rows == 0 {
+        refuse("eval.rows", "must be at least 1, got 0; eval.every = 0 is what turns evaluation off")?;
     }
     if eval.every > 0 && data.validation_fraction == 0.0 {
         refuse("data.validation_fraction", "must be above 0 where eval.every is not 0")?;
