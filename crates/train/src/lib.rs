@@ -21,7 +21,6 @@ pub mod run;
 pub mod schedule;
 pub mod signals;
 pub mod step;
-pub mod trained;
 pub mod units;
 
 pub use error::TrainError;

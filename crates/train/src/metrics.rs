@@ -35,6 +35,7 @@ pub struct StepMetrics {
     #[serde(deserialize_with = "null_is_nan")]
     pub grad_norm: f64,
     /// Tokens per second over this step.
+    #[serde(deserialize_with = "null_is_nan")]
     pub tokens_per_s: f64,
     /// Share of the device's peak used, the fast updates not counted; `None` where the peak is
     /// not known.
@@ -44,6 +45,7 @@ pub struct StepMetrics {
     /// Whether the update was left out because of a bad gradient.
     pub skipped: bool,
     /// ‖η S‖_F / ‖W_0‖_F by TTT layer.
+    #[serde(deserialize_with = "nulls_are_nan")]
     pub ttt_state_ratio: BTreeMap<usize, f64>,
     /// Most memory held so far by the process (CPU), or reserved on the device (CUDA), GiB.
     pub memory_gib: Option<f64>,
@@ -67,9 +69,16 @@ fn null_is_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Err
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
+fn nulls_are_nan<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<usize, f64>, D::Error> {
+    let ratios: BTreeMap<usize, Option<f64>> = BTreeMap::deserialize(deserializer)?;
+    let ratios = ratios.into_iter();
+    Ok(ratios.map(|(layer, ratio)| (layer, ratio.unwrap_or(f64::NAN))).collect())
+}
+
 /// A line of the file.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(untagged)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Line {
     /// With `loss`.
     Step(StepMetrics),
@@ -144,7 +153,12 @@ pub fn read(path: &Path) -> Result<Vec<Line>, TrainError> {
 }
 
 fn parse(index: usize, line: &str) -> io::Result<Line> {
-    serde_json::from_str(line).map_err(|_| {
+    // Not serde's untagged: it does not turn the keys of `ttt_state_ratio` back into numbers.
+    let parsed = match line.contains("\"validation_loss\":") {
+        true => serde_json::from_str(line).map(Line::Eval),
+        false => serde_json::from_str(line).map(Line::Step),
+    };
+    parsed.map_err(|_| {
         let number = index + 1;
         io::Error::new(io::ErrorKind::InvalidData, format!("line {number} is no line of metrics"))
     })

@@ -28,12 +28,20 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens the checkpoint at `path` on `device`, by default that of its run.
+    /// Opens the checkpoint at `path`, or the newest one of the run at `path`, on `device`, by
+    /// default that of its run.
     ///
     /// # Errors
     /// If the checkpoint is damaged or the device is not there.
     pub fn new(path: &Path, device: Option<DeviceKind>) -> Result<Self, TrainError> {
-        let checkpoint = Checkpoint::open(path)?;
+        let newest = match path.join("manifest.json").is_file() {
+            true => None,
+            false => Checkpoint::newest(path)?,
+        };
+        let checkpoint = match newest {
+            Some(checkpoint) => checkpoint,
+            None => Checkpoint::open(path)?,
+        };
         let config = checkpoint.config.clone();
         let kind = device.unwrap_or(config.run.device);
         let device = device::open(kind)?;
@@ -49,7 +57,7 @@ impl Opened {
                 compute: device::compute_dtype(kind, config.train.compute),
                 device,
             },
-            tokenizer: Tokenizer::load(&path.join("tokenizer.json"))?,
+            tokenizer: Tokenizer::load(&checkpoint.path().join("tokenizer.json"))?,
             config,
             mesh,
         })
