@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use ttt_kernels::ops::adamw::Moments;
 use ttt_model::{ModelConfig, ParamSpec, Unit};
 use ttt_parallel::Mesh;
-use ttt_weights::{Dtype, Folder, TensorSpec, Writer, atomic_folder};
+use ttt_weights::{Dtype, Folder, TensorSpec, Writer, WrittenFile, atomic_folder};
 
 use crate::config::Config;
 use crate::device::read_f32;
@@ -31,7 +31,7 @@ use crate::units::UnitState;
 const FORMAT: u32 = 1;
 
 /// Bytes of one safetensors file.
-const SHARD_BYTES: u64 = 5 << 30;
+pub(crate) const SHARD_BYTES: u64 = 5 << 30;
 
 /// What a run needs beside weights and moments to go on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -54,12 +54,23 @@ struct Manifest {
     files: Vec<FileEntry>,
 }
 
+/// A file of a checkpoint.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct FileEntry {
+pub(crate) struct FileEntry {
     name: String,
     bytes: u64,
     blake3: String,
+}
+
+impl From<WrittenFile> for FileEntry {
+    fn from(file: WrittenFile) -> Self {
+        Self {
+            name: file.file,
+            bytes: file.bytes,
+            blake3: file.blake3,
+        }
+    }
 }
 
 /// A complete checkpoint on disk, its files verified.
@@ -118,14 +129,7 @@ pub fn save(
         files.push(write_file(dir, "config.toml", config.to_toml()?.as_bytes())?);
         let bytes = std::fs::read(tokenizer).map_err(TrainError::io("read", tokenizer))?;
         files.push(write_file(dir, "tokenizer.json", &bytes)?);
-        let manifest = Manifest {
-            format: FORMAT,
-            progress: progress.clone(),
-            files,
-        };
-        let json = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
-        write_file(dir, "manifest.json", &json)?;
-        Ok::<(), TrainError>(())
+        seal(dir, progress, files)
     })?;
     let all = list(&config.run.dir)?;
     let excess = all.len().saturating_sub(config.checkpoint.keep.max(1));
@@ -135,7 +139,23 @@ pub fn save(
     Ok(path)
 }
 
-fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<FileEntry, TrainError> {
+/// Writes the manifest, without which a folder is no checkpoint.
+pub(crate) fn seal(
+    dir: &Path,
+    progress: &Progress,
+    files: Vec<FileEntry>,
+) -> Result<(), TrainError> {
+    let manifest = Manifest {
+        format: FORMAT,
+        progress: progress.clone(),
+        files,
+    };
+    let json = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
+    write_file(dir, "manifest.json", &json)?;
+    Ok(())
+}
+
+pub(crate) fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<FileEntry, TrainError> {
     let path = dir.join(name);
     std::fs::write(&path, bytes).map_err(TrainError::io("write", &path))?;
     Ok(FileEntry {
@@ -193,14 +213,7 @@ const FIRST: &str = ".exp_avg";
 const SECOND: &str = ".exp_avg_sq";
 
 fn entries(writer: Writer) -> Result<Vec<FileEntry>, TrainError> {
-    let files = writer.finish()?.into_iter();
-    Ok(files
-        .map(|file| FileEntry {
-            name: file.file,
-            bytes: file.bytes,
-            blake3: file.blake3,
-        })
-        .collect())
+    Ok(writer.finish()?.into_iter().map(FileEntry::from).collect())
 }
 
 /// One parameter after the other from a flat, sharded buffer.
@@ -258,6 +271,11 @@ impl Checkpoint {
     /// Its folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Its tensors.
+    pub fn weights(&self) -> &Folder {
+        &self.model
     }
 
     /// Refuses a run whose model or data differ from the one that wrote this checkpoint.

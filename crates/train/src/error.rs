@@ -8,6 +8,7 @@ use ttt_parallel::CommError;
 use ttt_weights::WeightsError;
 
 use crate::config::ConfigError;
+use crate::interop::InteropError;
 
 /// Why a run ended early or could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,9 @@ pub enum TrainError {
     /// Weights could not be read or written.
     #[error(transparent)]
     Weights(#[from] WeightsError),
+    /// A folder of weights and a model do not fit.
+    #[error(transparent)]
+    Interop(#[from] InteropError),
     /// A file could not be read or written.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {

@@ -12,6 +12,7 @@ pub mod evaluate;
 pub mod generate;
 pub mod human;
 pub mod init;
+pub mod interop;
 pub mod metrics;
 pub mod open;
 pub mod optimizer;
