@@ -70,8 +70,8 @@ impl Report {
     fn number(&mut self, kind: &'static str, tensor: &str, error: f64, limit: f64) {
         let worst = self.worst.entry(kind).or_insert((0.0, limit));
         worst.0 = worst.0.max(error);
-        // Written so that NaN fails.
-        if !(error <= limit) {
+        let within = error <= limit; // not so for NaN
+        if !within {
             let problem = format!("{tensor}: {kind} error {error:.2e}, limit {limit:.0e}");
             self.failures.push(problem);
         }

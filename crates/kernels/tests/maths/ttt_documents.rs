@@ -106,6 +106,7 @@ proptest! {
         let got = tape_gradients(&inputs, scan);
         for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
             let error = ttt_kernels::testing::relative_error_of(got, expected);
+            println!("token mask, gradient {i}: worst {error:.1e}, limit 1e-12");
             prop_assert!(error < 1e-12, "input {i}: {error:e}");
         }
     }

@@ -42,6 +42,7 @@ fn check(config: &ModelConfig, length: usize, splits: &[usize]) -> Result<(), Te
         &decode(&model.decoder(), &ids, splits),
         &prefill(&model, &ids),
     );
+    println!("decode: worst {error:.1e}, limit {LIMIT:.0e}");
     prop_assert!(error < LIMIT, "{length} tokens as {splits:?}: {error:e}");
     Ok(())
 }
