@@ -198,10 +198,10 @@ impl Pass<'_> {
             Arg::Bits(group.reads()),
             Arg::Bits(group.adds()),
             Arg::Bits(group.replaces()),
-            Arg::Int(i32::from(weights)),
             Arg::Size(s.elements() as u64),
         ];
-        cx.launch("scan_forward", s.grid(), 256, &args)
+        let name = if weights { "scan_forward" } else { "scan_state" };
+        cx.launch(name, s.grid(), 256, &args)
     }
 }
 

@@ -3,18 +3,21 @@
 
 // In: slab = VᵀZ of each piece. Out: slab = bf16(W0 + η S) with S the state that the piece reads
 // (bit in `reads`); S after the last piece. A piece then adds to S, replaces it, or leaves it.
-// `write_weights` 0: only S moves.
-extern "C" __global__ void scan_forward(u16 *slab, float *state, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, int write_weights, u64 n) {
+// Without WEIGHTS only S moves. The next piece is loaded before this one is stored: the compiler may
+// not reorder the two, and the memory would idle.
+template <bool WEIGHTS>
+__device__ __forceinline__ void walk_forward(u16 *slab, float *state, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u64 n) {
     const u64 at = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x);
     if (at >= n) return;
     F8 s = load8(state + at);
     F8 w = {};
-    if (write_weights) w = load8_as(w0, at, w0_f32);
-#pragma unroll 4
+    if (WEIGHTS) w = load8_as(w0, at, w0_f32);
+    F8 next = load8(slab + at);
     for (int i = 0; i < pieces; i++) {
-        const F8 d = load8(slab + i * n + at);
+        const F8 d = next;
+        if (i + 1 < pieces) next = load8(slab + (i + 1) * n + at);
         const bool read = reads >> i & 1, add = adds >> i & 1, replace = replaces >> i & 1;
-        if (write_weights) {
+        if (WEIGHTS) {
             F8 r;
 #pragma unroll
             for (int j = 0; j < 8; j++) r.v[j] = w.v[j] + (read ? lr * s.v[j] : 0.f);
@@ -24,6 +27,14 @@ extern "C" __global__ void scan_forward(u16 *slab, float *state, const void *w0,
         for (int j = 0; j < 8; j++) s.v[j] = add ? s.v[j] + d.v[j] : replace ? d.v[j] : s.v[j];
     }
     store8(state + at, s);
+}
+
+extern "C" __global__ void scan_forward(u16 *slab, float *state, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u64 n) {
+    walk_forward<true>(slab, state, w0, w0_f32, lr, pieces, reads, adds, replaces, n);
+}
+
+extern "C" __global__ void scan_state(u16 *slab, float *state, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u64 n) {
+    walk_forward<false>(slab, state, w0, w0_f32, lr, pieces, reads, adds, replaces, n);
 }
 
 // In: weights = VᵀZ, sums = dOᵀZ of each piece; S after the last piece; later = G, the sum of dOᵀZ over
