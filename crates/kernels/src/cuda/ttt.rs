@@ -125,8 +125,8 @@ impl Sizes {
 pub struct Forward {
     /// `[B, N, D]` bf16
     pub output: Tensor<3>,
-    /// ‖S‖_F where a document ends, with one 0: `[k]` f32.
-    pub norms: Tensor<1>,
+    /// Largest ‖S‖_F where a document ends, 0 where none has a state: `[1]` f32.
+    pub norm: Tensor<1>,
     /// The state at the end of each row, if its last document had one.
     pub last: Vec<Option<Tensor<2>>>,
 }
@@ -200,7 +200,11 @@ impl Pass<'_> {
             Arg::Bits(group.replaces()),
             Arg::Size(s.elements() as u64),
         ];
-        let name = if weights { "scan_forward" } else { "scan_state" };
+        let name = if weights {
+            "scan_forward"
+        } else {
+            "scan_state"
+        };
         cx.launch(name, s.grid(), 256, &args)
     }
 }
@@ -220,7 +224,8 @@ pub fn forward(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>, shape: &Shape) -> O
     let ends = all.filter(|p| p.reads && p.write == Write::Nothing).count();
     let squares = i.z.empty([ends + 1], DType::F32);
     let partial = i.z.empty([NORM_BLOCKS], DType::F32);
-    let mut writes = vec![&output, &slab, &squares, &partial];
+    let norm = i.z.empty([1], DType::F32);
+    let mut writes = vec![&output, &slab, &squares, &partial, &norm];
     writes.extend(&states);
     on_stream(&[&i.z, &i.v, &i.w0], &writes, |cx, from, to| {
         let (output, slab, squares, partial) = (to[0], to[1], to[2], to[3]);
@@ -235,7 +240,7 @@ pub fn forward(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>, shape: &Shape) -> O
         cx.zero(squares, 4 * (ends + 1))?;
         let mut next = squares + 4;
         for (row, pieces) in shape.pieces.iter().enumerate() {
-            let state = to[4 + row];
+            let state = to[5 + row];
             for group in groups(pieces, most) {
                 pass.forward(cx, row, &group, (slab, state), true)?;
                 let z = s.rows(pass.z, row, &group, s.f);
@@ -250,7 +255,9 @@ pub fn forward(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>, shape: &Shape) -> O
                 }
             }
         }
-        Ok(())
+        let count = Arg::Int(ends as i32 + 1);
+        let args = [Arg::Ptr(to[4]), Arg::Ptr(squares), count];
+        cx.launch("largest_root", (1, 1, 1), 32, &args)
     });
     let last = shape.pieces.iter().zip(states).map(|(pieces, state)| {
         let reads = pieces.last().is_some_and(|piece| piece.reads);
@@ -258,7 +265,7 @@ pub fn forward(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>, shape: &Shape) -> O
     });
     Some(Forward {
         output: output.tensor(),
-        norms: squares.tensor::<1>().sqrt(),
+        norm: norm.tensor(),
         last: last.collect(),
     })
 }

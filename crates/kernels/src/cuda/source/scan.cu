@@ -66,3 +66,11 @@ extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, 
     store8(later + at, g);
     store8(dw0 + at, total);
 }
+
+// out[0] = √ max x, x ≥ 0. One warp.
+extern "C" __global__ void largest_root(float *out, const float *x, int n) {
+    float top = 0.f;
+    for (int i = threadIdx.x; i < n; i += 32) top = fmaxf(top, x[i]);
+    top = warp_max(top);
+    if (threadIdx.x == 0) out[0] = sqrtf(top);
+}

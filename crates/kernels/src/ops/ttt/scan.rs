@@ -134,7 +134,7 @@ impl Function<3> for FastWeightScan {
             if let Some(done) = crate::cuda::ttt::forward(&z, &v, &w0, &shape) {
                 return Forward {
                     output: done.output.into(),
-                    extra: vec![done.norms.max().into()],
+                    extra: vec![done.norm.into()],
                     saved: Saved {
                         z,
                         v,
