@@ -20,7 +20,7 @@ fn refused(run: &Run, args: &[&str], words: &[&str]) {
 
 #[test]
 fn mistakes_in_the_configuration() {
-    let run = Run::new(2);
+    let run = Run::new(8);
     let set = |assignment| ["train", "config.toml", "--set", assignment];
     refused(&run, &["train", "nowhere.toml"], &["nowhere.toml"]);
     refused(&run, &set("train.stepz=1"), &["stepz", "steps"]);
@@ -86,7 +86,7 @@ fn checkpoints_that_cannot_be_used() {
 
 #[test]
 fn shards_that_cannot_be_used() {
-    let run = Run::new(2);
+    let run = Run::new(8);
     run.train_well(&[]);
     std::fs::remove_dir_all(run.path("run/checkpoints")).expect("remove");
     let shards = run.path("shards/shards/persuasion");

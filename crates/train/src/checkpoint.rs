@@ -89,6 +89,11 @@ pub fn folder(run_dir: &Path) -> PathBuf {
     run_dir.join("checkpoints")
 }
 
+/// The folder of the checkpoint after `step` steps.
+pub fn path_of(run_dir: &Path, step: u64) -> PathBuf {
+    folder(run_dir).join(format!("step-{step:08}"))
+}
+
 /// The checkpoints of a run, oldest first.
 ///
 /// # Errors
@@ -122,7 +127,7 @@ pub fn save(
     tokenizer: &Path,
     mesh: &Mesh,
 ) -> Result<PathBuf, TrainError> {
-    let path = folder(&config.run.dir).join(format!("step-{:08}", progress.step));
+    let path = path_of(&config.run.dir, progress.step);
     atomic_folder(&path, |dir| {
         let mut files = write_model(dir, units, mesh)?;
         files.extend(write_optimizer(dir, units, mesh)?);

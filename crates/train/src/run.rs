@@ -105,7 +105,14 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
             .progress
             .note(&format!("resumed from {path} at step {}", at.step));
     }
-    let save = |model: &Model, updater: &Updater, at: &mut checkpoint::Progress| {
+    // A step is saved once: a signal may arrive where a checkpoint was due anyway.
+    let here = |checkpoint: &&Checkpoint| checkpoint.path().starts_with(run_dir);
+    let resumed = start.as_ref().filter(here);
+    let mut saved = resumed.map(|checkpoint| checkpoint.progress.step);
+    let mut save = |model: &Model, updater: &Updater, at: &mut checkpoint::Progress| {
+        if saved.replace(at.step) == Some(at.step) {
+            return Ok(checkpoint::path_of(run_dir, at.step));
+        }
         at.mean_grad_norm = read_scalar(&updater.mean_norm)? as f32;
         checkpoint::save(config, &model.units, at, &data.tokenizer_path, &mesh)
     };
@@ -229,6 +236,16 @@ fn find_start(
     };
     if let Some(checkpoint) = &found {
         checkpoint.check(config, fingerprint)?;
+        let begin = checkpoint::path_of(run_dir, checkpoint.progress.step);
+        if let Some(newer) = checkpoint::list(run_dir)?
+            .into_iter()
+            .find(|path| *path > begin)
+        {
+            return Err(TrainError::checkpoint(
+                &newer,
+                "is newer than the one to resume from: use --resume auto, name another run.dir, or remove it",
+            ));
+        }
     }
     Ok(found)
 }

@@ -327,14 +327,13 @@ fn learning_rates_by_name() {
         lr_scale,
     };
     let plain = moved(vec![]);
-    let changed = moved(vec![scale("*", 0.5), scale("*.up_proj.*", 0.0)]);
     assert!(plain.iter().all(|&norm| norm > 0.0));
-    assert_eq!(changed[1], 0.0);
-    for i in [0, 2] {
-        assert!(
-            (changed[i] / plain[i] - 0.5).abs() < 1e-3,
-            "{}",
-            changed[i] / plain[i]
-        );
+    let halved = moved(vec![scale("*", 0.5)]);
+    for (half, whole) in halved.iter().zip(&plain) {
+        // The change is a difference of f32 weights: good to 1e-7 of a weight, 1e-5 of a change.
+        assert!((half / whole - 0.5).abs() < 1e-4, "{}", half / whole);
     }
+    let frozen = moved(vec![scale("*", 0.5), scale("*.up_proj.*", 0.0)]);
+    assert_eq!(frozen[1], 0.0);
+    assert!(frozen[0] > 0.0 && frozen[2] > 0.0);
 }
