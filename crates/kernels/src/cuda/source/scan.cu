@@ -67,10 +67,10 @@ extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, 
     store8(dw0 + at, total);
 }
 
-// out[0] = √ max x, x ≥ 0. One warp.
+// out[0] = √ max x, x ≥ 0; not a number where an x is not finite. One warp.
 extern "C" __global__ void largest_root(float *out, const float *x, int n) {
-    float top = 0.f;
-    for (int i = threadIdx.x; i < n; i += 32) top = fmaxf(top, x[i]);
-    top = warp_max(top);
-    if (threadIdx.x == 0) out[0] = sqrtf(top);
+    float top = 0.f, bad = 0.f;
+    for (int i = threadIdx.x; i < n; i += 32) top = fmaxf(top, x[i]), bad += 0.f * x[i];
+    top = warp_max(top), bad = warp_sum(bad);
+    if (threadIdx.x == 0) out[0] = sqrtf(top) + bad;
 }
