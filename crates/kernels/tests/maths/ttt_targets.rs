@@ -126,6 +126,18 @@ fn a_scan_clips_every_chunk() {
     assert!(relative_error(&got, &expected) < 1e-13);
 }
 
+/// The backward pass does not know the clip, so a gradient through it must not be had.
+#[test]
+#[should_panic(expected = "clipped updates are for inference")]
+fn a_clip_refuses_gradients() {
+    let clipped = ScanSpec {
+        clip: Some(1e-3),
+        ..spec(Packing::whole_rows(1, 12), 4, 2.0)
+    };
+    let z = random([1, 12, 4], 1).autodiff().require_grad();
+    fast_weight_scan(z, random([1, 12, 3], 2), random([3, 4], 3), clipped);
+}
+
 /// The logged norm is that of the largest state that was read, over documents and rows.
 #[test]
 fn the_state_norm_is_that_of_the_largest_state_read() {

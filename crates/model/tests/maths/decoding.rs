@@ -109,6 +109,23 @@ fn windows_of_one_and_beyond_the_text() {
     }
 }
 
+/// A bound on the updates holds in decoding as in prefill, and changes both.
+#[test]
+fn clipped_updates_decode_like_prefill() {
+    for target in TARGETS {
+        let free = config(target);
+        let mut clipped = free.clone();
+        clipped.ttt.clip = Some(0.5);
+        check(&clipped, 21, &[6, 1, 1, 5, 1]).unwrap();
+        let logits = |config| prefill(&random_model(config, DType::F32), &text(21, 1));
+        let effect = relative_error_of(&logits(&clipped), &logits(&free));
+        assert!(
+            effect > 1e-3,
+            "{target:?}: the clip moves the logits by {effect:e}"
+        );
+    }
+}
+
 /// The comparison must notice a state that is lost.
 #[test]
 fn a_forgotten_state_is_noticed() {

@@ -57,20 +57,20 @@ impl WholeModel {
     }
 
     /// What the last block returns: `[B, N, D]`.
-    fn hidden(&self, ids: &Tensor<2, Int>, packing: &Packing) -> Tensor<3> {
-        let batch = Batch::training(&self.config, packing.clone(), &Device::flex());
+    fn hidden(&self, ids: &Tensor<2, Int>, batch: &Batch) -> Tensor<3> {
         let embeddings = Embedding::new(&self.units[0]).forward(ids.clone(), self.dtype);
         let mut x = embeddings.clone();
         for layer in 0..self.config.num_hidden_layers {
             let block = Block::new(&self.config, layer, self.block(layer));
-            x = block.forward(x, embeddings.clone(), &batch).output;
+            x = block.forward(x, embeddings.clone(), batch).output;
         }
         x
     }
 
-    /// ids `[B, N]` → `[B, N, V]`.
+    /// ids `[B, N]` → `[B, N, V]`, as at inference.
     pub fn logits(&self, ids: &Tensor<2, Int>, packing: &Packing) -> Tensor<3> {
-        self.head().logits(self.hidden(ids, packing))
+        let batch = Batch::inference(&self.config, packing.clone(), &Device::flex());
+        self.head().logits(self.hidden(ids, &batch))
     }
 
     fn mean_loss(&self, ids: &Tensor<2, Int>, packing: &Packing) -> Tensor<1> {
@@ -80,7 +80,8 @@ impl WholeModel {
         let next: Vec<Option<u32>> = (0..rows * tokens).map(next).collect();
         let scale = 1.0 / (rows * (tokens - 1)) as f64;
         let labels = labels(&next, &Device::flex());
-        self.head().loss(self.hidden(ids, packing), labels, scale)
+        let batch = Batch::training(&self.config, packing.clone(), &Device::flex());
+        self.head().loss(self.hidden(ids, &batch), labels, scale)
     }
 
     /// Mean cross-entropy of all B (N − 1) next tokens.
