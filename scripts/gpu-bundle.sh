@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds `ttt` for CUDA and packs it into .carry/ttt.xz, to be taken to a GPU machine that has no Rust toolchain.
-# There: `xz -dc .carry/ttt.xz > ttt && chmod +x ttt && . scripts/gpu-env.sh`, then `./ttt ...`.
+# There: `xz -dc .carry/ttt.xz > ttt && chmod +x ttt && . scripts/gpu-env.sh && ./ttt doctor`.
 #
 # Usage: scripts/gpu-bundle.sh [CARGO_BUILD_ARGUMENT...]
 # The GPU machine needs a C library at least as new as this machine's, a driver, and NVIDIA's libraries.
@@ -11,7 +11,7 @@ scripts/setup-llvm.sh
 command -v xz >/dev/null || scripts/install-packages.sh xz-utils
 command -v strip >/dev/null || scripts/install-packages.sh binutils
 
-cargo build --release --features cuda --bin ttt "$@"
+cargo build --release --workspace --features cuda --bin ttt "$@"
 target=$(cargo metadata --no-deps --format-version 1 | sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
 built=$target/release/ttt
 
