@@ -239,10 +239,20 @@ pub struct BuildArgs {
     #[arg(long, default_value = "text", conflicts_with = "config")]
     pub name: String,
     /// The folder to write.
-    #[arg(long, value_name = "DIR", required_unless_present = "config", conflicts_with = "config")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "config",
+        conflicts_with = "config"
+    )]
     pub out: Option<PathBuf>,
     /// A tokenizer.json, a folder that has one, or hub:owner/model[@revision].
-    #[arg(long, value_name = "PATH", required_unless_present = "config", conflicts_with = "config")]
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present = "config",
+        conflicts_with = "config"
+    )]
     pub tokenizer: Option<PathBuf>,
     /// Share of the documents kept for validation.
     #[arg(long, default_value_t = 0.01, value_parser = fraction, conflicts_with = "config")]

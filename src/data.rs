@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ttt_data::{
-    BadRecords, BuildConfig, Dataset, Manifest, Progress, SourceSpec, Split, train_tokenizer, verify,
+    BadRecords, BuildConfig, Dataset, Manifest, Progress, SourceSpec, Split, train_tokenizer,
+    verify,
 };
 use ttt_train::config::Config;
 use ttt_train::data::build_recipe;
@@ -73,7 +74,11 @@ pub fn inspect(args: &InspectArgs) -> anyhow::Result<()> {
 
 fn print_manifest(dir: &Path, manifest: &Manifest) {
     println!("{}", dir.display());
-    println!("vocabulary {}, {} shards", grouped(manifest.vocab_size), manifest.dtype.name());
+    println!(
+        "vocabulary {}, {} shards",
+        grouped(manifest.vocab_size),
+        manifest.dtype.name()
+    );
     println!(
         "\n{:<20} {:>8} {:<10} {:>16} {:>12} {:>16} {:>7}",
         "source", "weight", "split", "tokens", "documents", "bytes of text", "shards"

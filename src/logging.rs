@@ -12,8 +12,9 @@ const DEFAULT: &str = "warn,ttt=info";
 /// Begins to log.
 pub fn start() -> anyhow::Result<()> {
     let filter = match std::env::var("RUST_LOG") {
-        Ok(asked) if !asked.is_empty() => EnvFilter::try_new(&asked)
-            .with_context(|| format!("RUST_LOG={asked}: expected something like info or ttt=debug"))?,
+        Ok(asked) if !asked.is_empty() => EnvFilter::try_new(&asked).with_context(|| {
+            format!("RUST_LOG={asked}: expected something like info or ttt=debug")
+        })?,
         _ => EnvFilter::new(DEFAULT),
     };
     tracing_subscriber::fmt()

@@ -85,7 +85,11 @@ mod tests {
         let io = std::io::Error::other("disk full");
         let told = anyhow::Error::new(io).context("cannot write a: disk full");
         assert_eq!(with_causes(told.as_ref()), "cannot write a: disk full");
-        let untold = anyhow::Error::new(std::io::Error::other("disk full")).context("cannot write a");
-        assert_eq!(with_causes(untold.as_ref()), "cannot write a\n  caused by: disk full");
+        let untold =
+            anyhow::Error::new(std::io::Error::other("disk full")).context("cannot write a");
+        assert_eq!(
+            with_causes(untold.as_ref()),
+            "cannot write a\n  caused by: disk full"
+        );
     }
 }

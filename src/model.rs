@@ -68,10 +68,16 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
         grouped(result.tokens)
     );
     if args.by_position {
-        println!("\n{:>8} {:>8} {:>10} {:>14}", "from", "to", "loss", "tokens");
+        println!(
+            "\n{:>8} {:>8} {:>10} {:>14}",
+            "from", "to", "loss", "tokens"
+        );
         for part in &result.by_position {
             let tokens = grouped(part.tokens);
-            println!("{:>8} {:>8} {:>10.4} {tokens:>14}", part.from, part.to, part.loss);
+            println!(
+                "{:>8} {:>8} {:>10.4} {tokens:>14}",
+                part.from, part.to, part.loss
+            );
         }
     }
     Ok(())

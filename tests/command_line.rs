@@ -24,7 +24,10 @@ fn refused(args: &[&str]) -> String {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
     assert!(stderr.starts_with("error: "), "{stderr}");
-    assert!(!stderr.contains("panicked") && !stderr.contains("backtrace"), "{stderr}");
+    assert!(
+        !stderr.contains("panicked") && !stderr.contains("backtrace"),
+        "{stderr}"
+    );
     stderr
 }
 
@@ -45,7 +48,12 @@ fn mistakes_are_told_in_one_line() {
             "--set train.steps=ten: train.steps: expected a whole number, 0 or more, found string \"ten\"",
         ),
         (
-            vec!["train", quickstart, "--set", "optimizer.warmup_steps=1000000"],
+            vec![
+                "train",
+                quickstart,
+                "--set",
+                "optimizer.warmup_steps=1000000",
+            ],
             "--set optimizer.warmup_steps=1000000: optimizer.warmup_steps: 1000000 is more than all",
         ),
     ] {
@@ -58,8 +66,14 @@ fn mistakes_are_told_in_one_line() {
 #[test]
 fn a_wrong_option_is_refused_by_name() {
     for (args, part) in [
-        (vec!["generate", "x", "--prompt", "a", "--top-p", "1.5"], "--top-p"),
-        (vec!["generate", "x", "--prompt", "a", "--temperature=-1"], "--temperature"),
+        (
+            vec!["generate", "x", "--prompt", "a", "--top-p", "1.5"],
+            "--top-p",
+        ),
+        (
+            vec!["generate", "x", "--prompt", "a", "--temperature=-1"],
+            "--temperature",
+        ),
         (vec!["generate", "x"], "--prompt"),
         (vec!["eval", "x", "--rows", "0"], "--rows"),
         (vec!["data", "build", "a.txt", "--out", "x"], "--tokenizer"),
@@ -78,7 +92,15 @@ fn what_is_not_there_is_named() {
     assert!(refused(&["eval", folder]).contains("has no manifest.json"));
     assert!(refused(&["generate", "/nowhere", "--prompt", "a"]).contains("/nowhere"));
     assert!(refused(&["data", "inspect", folder]).contains(folder));
-    let stderr = refused(&["data", "tokenizer", "/nowhere.txt", "--vocab-size", "300", "--out", folder]);
+    let stderr = refused(&[
+        "data",
+        "tokenizer",
+        "/nowhere.txt",
+        "--vocab-size",
+        "300",
+        "--out",
+        folder,
+    ]);
     assert!(stderr.contains("/nowhere.txt"), "{stderr}");
 }
 
@@ -87,17 +109,33 @@ fn what_is_not_there_is_named() {
 fn a_gpu_is_asked_for_in_vain() {
     let dir = tempfile::tempdir().unwrap();
     let run = format!("run.dir={}", dir.path().join("run").display());
-    let stderr = refused(&["train", "configs/quickstart.toml", "--set", "run.device=cuda", "--set", &run]);
+    let stderr = refused(&[
+        "train",
+        "configs/quickstart.toml",
+        "--set",
+        "run.device=cuda",
+        "--set",
+        &run,
+    ]);
     assert!(stderr.contains("--features cuda"), "{stderr}");
-    assert!(!Path::new(&dir.path().join("run/data")).exists(), "refused before any work");
+    assert!(
+        !Path::new(&dir.path().join("run/data")).exists(),
+        "refused before any work"
+    );
 }
 
 #[test]
 fn a_bad_log_filter_is_refused() {
-    let output = ttt(&["plan", "configs/500m.toml"]).env("RUST_LOG", "ttt=loud").output().unwrap();
+    let output = ttt(&["plan", "configs/500m.toml"])
+        .env("RUST_LOG", "ttt=loud")
+        .output()
+        .unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2));
-    assert!(stderr.starts_with("error: RUST_LOG=ttt=loud: expected something like"), "{stderr}");
+    assert!(
+        stderr.starts_with("error: RUST_LOG=ttt=loud: expected something like"),
+        "{stderr}"
+    );
 }
 
 #[test]
@@ -107,7 +145,10 @@ fn the_largest_model_is_planned_in_no_time() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert!(text.contains("TTT in layers 0 6 12 18 24 30 36"), "{text}");
-    assert!(begun.elapsed().as_secs_f64() < 5.0, "planning allocates nothing");
+    assert!(
+        begun.elapsed().as_secs_f64() < 5.0,
+        "planning allocates nothing"
+    );
 }
 
 #[test]
@@ -121,5 +162,9 @@ fn a_reader_that_goes_away_is_no_error() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     // Whether the process was faster than the closing of the pipe.
-    assert!(matches!(output.status.code(), Some(0 | 141)), "{:?}", output.status);
+    assert!(
+        matches!(output.status.code(), Some(0 | 141)),
+        "{:?}",
+        output.status
+    );
 }

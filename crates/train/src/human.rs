@@ -2,15 +2,29 @@
 
 use std::time::Duration;
 
-/// 1,234,567 as "1.23 M"; three digits.
+/// 1,234,567 things as "1.23 M"; k, M, B, T, three digits.
 pub fn count(value: f64) -> String {
+    scaled(value, &["k", "M", "B", "T"])
+}
+
+/// Arithmetic with the prefixes of SI: "2.84 GFLOP", up to ZFLOP.
+pub fn flop(value: f64) -> String {
+    scaled(
+        value,
+        &[
+            "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP",
+        ],
+    )
+}
+
+fn scaled(value: f64, units: &[&str]) -> String {
     let (mut value, mut unit) = (value, "");
-    for larger in ["k", "M", "G", "T", "P", "E", "Z"] {
+    for larger in units {
         // What would be rounded to 1000 belongs to the next unit.
         if value.abs() < 999.5 {
             break;
         }
-        (value, unit) = (value / 1000.0, larger);
+        (value, unit) = (value / 1000.0, *larger);
     }
     let decimals = match value.abs() {
         v if unit.is_empty() && v.fract() == 0.0 => 0,
@@ -68,11 +82,12 @@ mod tests {
             (1_234_567.0, "1.23 M"),
             (23_456_000.0, "23.5 M"),
             (999_900.0, "1.00 M"),
-            (8.19e9, "8.19 G"),
-            (3.4e21, "3.40 Z"),
+            (8.19e9, "8.19 B"),
+            (1.2e14, "120 T"),
         ] {
             assert_eq!(count(value), text);
         }
+        assert_eq!(flop(3.4e21), "3.40 ZFLOP");
         assert_eq!(grouped(7), "7");
         assert_eq!(grouped(1_234_567), "1,234,567");
         assert_eq!(grouped(123_456), "123,456");
@@ -80,7 +95,12 @@ mod tests {
 
     #[test]
     fn times_have_two_units() {
-        for (seconds, text) in [(5, "5s"), (200, "3m20s"), (18_420, "5h07m"), (1_047_600, "12d03h")] {
+        for (seconds, text) in [
+            (5, "5s"),
+            (200, "3m20s"),
+            (18_420, "5h07m"),
+            (1_047_600, "12d03h"),
+        ] {
             assert_eq!(duration(Duration::from_secs(seconds)), text);
         }
     }

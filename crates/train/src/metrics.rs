@@ -74,7 +74,9 @@ fn nulls_are_nan<'de, D: Deserializer<'de>>(
 ) -> Result<BTreeMap<usize, f64>, D::Error> {
     let ratios: BTreeMap<usize, Option<f64>> = BTreeMap::deserialize(deserializer)?;
     let ratios = ratios.into_iter();
-    Ok(ratios.map(|(layer, ratio)| (layer, ratio.unwrap_or(f64::NAN))).collect())
+    Ok(ratios
+        .map(|(layer, ratio)| (layer, ratio.unwrap_or(f64::NAN)))
+        .collect())
 }
 
 /// A line of the file.
@@ -160,7 +162,10 @@ fn parse(index: usize, line: &str) -> io::Result<Line> {
     };
     parsed.map_err(|_| {
         let number = index + 1;
-        io::Error::new(io::ErrorKind::InvalidData, format!("line {number} is no line of metrics"))
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("line {number} is no line of metrics"),
+        )
     })
 }
 
@@ -189,7 +194,9 @@ fn cut(path: &Path, steps: u64) -> io::Result<()> {
     if !dropped {
         return fs::remove_file(&aside);
     }
-    kept.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+    kept.into_inner()
+        .map_err(io::IntoInnerError::into_error)?
+        .sync_all()?;
     fs::rename(&aside, path)?;
     match path.parent() {
         Some(folder) => File::open(folder)?.sync_all(),
@@ -215,7 +222,9 @@ pub fn memory_gib(device: DeviceKind) -> Option<f64> {
 /// VmHWM of this process, Linux's high-water mark of resident memory.
 fn host_memory_gib() -> Option<f64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(gib(kib * 1024.0))
 }

@@ -5,9 +5,9 @@
 mod memory;
 mod table;
 
+use ttt_model::ParamGroup;
 use ttt_model::flops::ForwardFlops;
 use ttt_model::params::all_params;
-use ttt_model::ParamGroup;
 
 pub use memory::{Memory, MemoryItem};
 

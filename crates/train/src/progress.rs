@@ -44,7 +44,9 @@ impl Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {wide_msg}");
             let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-            ProgressBar::new(steps).with_style(style).with_position(done)
+            ProgressBar::new(steps)
+                .with_style(style)
+                .with_position(done)
         });
         *LIVE.lock().unwrap_or_else(PoisonError::into_inner) = bar.clone();
         Self {
@@ -60,7 +62,9 @@ impl Progress {
     pub fn step(&mut self, metrics: &StepMetrics) {
         let took = (metrics.elapsed_s - self.last_elapsed_s).max(0.0);
         self.last_elapsed_s = metrics.elapsed_s;
-        let step_s = self.step_s.map_or(took, |mean| mean + FOLLOW * (took - mean));
+        let step_s = self
+            .step_s
+            .map_or(took, |mean| mean + FOLLOW * (took - mean));
         self.step_s = Some(step_s);
         let done = metrics.step + 1;
         let remaining = self.steps.saturating_sub(done) as f64 * step_s;
@@ -156,6 +160,9 @@ mod tests {
             skipped: false,
             ..metrics
         };
-        assert_eq!(describe(&bare, None), "loss 3.2142  grad 0.500  12.3 k tok/s");
+        assert_eq!(
+            describe(&bare, None),
+            "loss 3.2142  grad 0.500  12.3 k tok/s"
+        );
     }
 }

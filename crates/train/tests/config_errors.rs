@@ -44,7 +44,9 @@ fn parse(text: &str, sets: &[&str]) -> Result<Config, ConfigError> {
 /// The message for `GOOD` with `from` replaced by `to`.
 fn after_edit(from: &str, to: &str) -> String {
     assert!(GOOD.contains(from), "{from}");
-    parse(&GOOD.replacen(from, to, 1), &[]).unwrap_err().to_string()
+    parse(&GOOD.replacen(from, to, 1), &[])
+        .unwrap_err()
+        .to_string()
 }
 
 fn after_set(set: &str) -> String {
@@ -106,10 +108,19 @@ fn an_override_is_held_to_the_same_rules() {
 fn an_override_that_is_none_is_explained() {
     for (set, problem) in [
         ("train.steps", "expected section.key=value, found no \"=\""),
-        ("steps=3", "expected section.key=value, found no section before \"steps\""),
+        (
+            "steps=3",
+            "expected section.key=value, found no section before \"steps\"",
+        ),
         ("=3", "expected section.key=value, found the key \"\""),
-        ("train..steps=3", "expected section.key=value, found the key \"train..steps\""),
-        ("train.steps.x=3", "train.steps is no section but an integer"),
+        (
+            "train..steps=3",
+            "expected section.key=value, found the key \"train..steps\"",
+        ),
+        (
+            "train.steps.x=3",
+            "train.steps is no section but an integer",
+        ),
         (
             "run.dir=",
             "expected section.key=value, found nothing after \"=\" (an empty text is '\"\"')",
@@ -218,7 +229,10 @@ fn text_that_is_no_toml_is_placed() {
     };
     let path = Path::new("run.toml").to_path_buf();
     assert_eq!(*place, Place::Line { path, line: 24 });
-    assert!(after_edit("steps = 100", "steps = 100\nsteps = 2").starts_with("run.toml:25: not valid TOML: "));
+    assert!(
+        after_edit("steps = 100", "steps = 100\nsteps = 2")
+            .starts_with("run.toml:25: not valid TOML: ")
+    );
 }
 
 #[test]
@@ -233,25 +247,73 @@ fn a_missing_file_is_named() {
 #[test]
 fn impossible_combinations_are_refused_with_a_remedy() {
     for (set, key, part) in [
-        ("train.batch_tokens=64", "train.batch_tokens", "the least is 128"),
-        ("train.micro_batch_rows=0", "train.micro_batch_rows", "at least 1"),
+        (
+            "train.batch_tokens=64",
+            "train.batch_tokens",
+            "the least is 128",
+        ),
+        (
+            "train.micro_batch_rows=0",
+            "train.micro_batch_rows",
+            "at least 1",
+        ),
         ("train.steps=0", "train.steps", "at least 1"),
         ("train.spike_factor=1.0", "train.spike_factor", "above 1"),
-        ("train.batch_tokens=9000000000000000000", "train.batch_tokens", "at most 2^48"),
-        ("optimizer.warmup_steps=101", "optimizer.warmup_steps", "more than all 100 steps"),
+        (
+            "train.batch_tokens=9000000000000000000",
+            "train.batch_tokens",
+            "at most 2^48",
+        ),
+        (
+            "optimizer.warmup_steps=101",
+            "optimizer.warmup_steps",
+            "more than all 100 steps",
+        ),
         ("optimizer.lr=nan", "optimizer.lr", "a positive number"),
         ("optimizer.lr=0", "optimizer.lr", "a positive number"),
-        ("optimizer.grad_clip=-1", "optimizer.grad_clip", "zero or a positive number"),
+        (
+            "optimizer.grad_clip=-1",
+            "optimizer.grad_clip",
+            "zero or a positive number",
+        ),
         ("optimizer.beta2=1.0", "optimizer.beta2", "0 <= beta < 1"),
-        ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio", "between 0 and 1"),
-        ("optimizer.decay_fraction=0.5", "optimizer.decay_fraction", "only schedule = \"wsd\""),
+        (
+            "optimizer.min_lr_ratio=2",
+            "optimizer.min_lr_ratio",
+            "between 0 and 1",
+        ),
+        (
+            "optimizer.decay_fraction=0.5",
+            "optimizer.decay_fraction",
+            "only schedule = \"wsd\"",
+        ),
         ("checkpoint.keep=0", "checkpoint.keep", "at least 1"),
         ("data.path=\"\"", "data.path", "an empty text"),
-        ("data.validation_fraction=1.0", "data.validation_fraction", "0 <= fraction < 1"),
-        ("data.tokenizer_vocab_size=1024", "data.tokenizer_vocab_size", "do not fit model.vocab_size"),
-        ("data.tokenizer_vocab_size=100", "data.tokenizer_vocab_size", "at least 257"),
-        ("data.shard_tokens=64", "data.shard_tokens", "does not hold one row"),
-        ("data.sources=[{name=\"a\",inputs=[]}]", "data.sources[0].inputs", "lists no input"),
+        (
+            "data.validation_fraction=1.0",
+            "data.validation_fraction",
+            "0 <= fraction < 1",
+        ),
+        (
+            "data.tokenizer_vocab_size=1024",
+            "data.tokenizer_vocab_size",
+            "do not fit model.vocab_size",
+        ),
+        (
+            "data.tokenizer_vocab_size=100",
+            "data.tokenizer_vocab_size",
+            "at least 257",
+        ),
+        (
+            "data.shard_tokens=64",
+            "data.shard_tokens",
+            "does not hold one row",
+        ),
+        (
+            "data.sources=[{name=\"a\",inputs=[]}]",
+            "data.sources[0].inputs",
+            "lists no input",
+        ),
         (
             "data.sources=[{name=\"a\",inputs=[\"x\"]},{name=\"a\",inputs=[\"y\"]}]",
             "data.sources[1].name",
@@ -262,30 +324,68 @@ fn impossible_combinations_are_refused_with_a_remedy() {
             "data.sources[0].weight",
             "a positive number",
         ),
-        ("model.max_position_embeddings=32", "train.sequence_length", "raise that to at least 64"),
+        (
+            "model.max_position_embeddings=32",
+            "train.sequence_length",
+            "raise that to at least 64",
+        ),
         (
             "model.rope_scaling={rope_type=\"yarn\",factor=2.0,original_max_position_embeddings=16}",
             "model.rope_scaling",
             "raise the factor",
         ),
         ("model.ttt.chunk=64", "model.ttt.chunk", "at most 63"),
-        ("model.num_attention_heads=5", "model.head_dim", "give head_dim"),
+        (
+            "model.num_attention_heads=5",
+            "model.head_dim",
+            "give head_dim",
+        ),
         ("model.ttt.layers=[0]", "model.ttt.layers", "not both"),
         ("eval.rows=0", "eval.rows", "at least 1"),
-        ("eval.sample_prompt=\"\"", "eval.sample_prompt", "an empty one"),
+        (
+            "eval.sample_prompt=\"\"",
+            "eval.sample_prompt",
+            "an empty one",
+        ),
     ] {
         let message = after_set(set);
-        assert!(message.contains(&format!(": {key}: ")) || message.starts_with(key), "{message}");
+        assert!(
+            message.contains(&format!(": {key}: ")) || message.starts_with(key),
+            "{message}"
+        );
         assert!(message.contains(part), "{message}");
     }
     let both = parse(GOOD, &["data.tokenizer=x", "data.tokenizer_vocab_size=300"]);
-    assert!(both.unwrap_err().to_string().contains("give one of the two"));
-    let wsd = ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.6", "optimizer.warmup_steps=50"];
-    assert!(parse(GOOD, &wsd).unwrap_err().to_string().contains("a fall over 60"));
+    assert!(
+        both.unwrap_err()
+            .to_string()
+            .contains("give one of the two")
+    );
+    let wsd = [
+        "optimizer.schedule=wsd",
+        "optimizer.decay_fraction=0.6",
+        "optimizer.warmup_steps=50",
+    ];
+    assert!(
+        parse(GOOD, &wsd)
+            .unwrap_err()
+            .to_string()
+            .contains("a fall over 60")
+    );
     let constant = ["optimizer.schedule=constant", "optimizer.min_lr_ratio=0.5"];
-    assert!(parse(GOOD, &constant).unwrap_err().to_string().contains("does not fall"));
+    assert!(
+        parse(GOOD, &constant)
+            .unwrap_err()
+            .to_string()
+            .contains("does not fall")
+    );
     let blind = ["eval.every=5", "data.validation_fraction=0.0"];
-    assert!(parse(GOOD, &blind).unwrap_err().to_string().contains("must be above 0 where eval.every"));
+    assert!(
+        parse(GOOD, &blind)
+            .unwrap_err()
+            .to_string()
+            .contains("must be above 0 where eval.every")
+    );
 }
 
 #[test]

@@ -14,8 +14,16 @@ use ttt_train::config::{
 const QUICKSTART: &str = include_str!("../../../configs/quickstart.toml");
 
 fn model() -> impl Strategy<Value = ModelConfig> {
-    let types = prop_oneof![Just(ModelType::Llama), Just(ModelType::Qwen2), Just(ModelType::Qwen3)];
-    let target = prop_oneof![Just(Target::Embedding), Just(Target::Hidden), Just(Target::NextToken)];
+    let types = prop_oneof![
+        Just(ModelType::Llama),
+        Just(ModelType::Qwen2),
+        Just(ModelType::Qwen3)
+    ];
+    let target = prop_oneof![
+        Just(Target::Embedding),
+        Just(Target::Hidden),
+        Just(Target::NextToken)
+    ];
     let scaling = prop_oneof![
         Just(None),
         (1.0..64.0f64).prop_map(|factor| Some(RopeScaling::Llama3 {
@@ -34,99 +42,176 @@ fn model() -> impl Strategy<Value = ModelConfig> {
             })
         }),
     ];
-    let ttt = (any::<bool>(), 1..32usize, 0.0..10.0f64, target, any::<bool>(), option::of(1e-9..1.0f64));
-    (types, 257..200_000usize, 1..64usize, 1..9usize, scaling, any::<[bool; 4]>(), 1.0..1e7f64, ttt).prop_map(
-        |(model_type, vocab_size, width, heads, rope_scaling, flags, rope_theta, ttt)| ModelConfig {
-            model_type,
-            vocab_size,
-            hidden_size: 8 * width,
-            intermediate_size: 16 * width,
-            num_hidden_layers: 3,
-            num_attention_heads: heads,
-            num_key_value_heads: flags[0].then_some(1),
-            head_dim: Some(8),
-            rms_norm_eps: 1e-6,
-            rope_theta,
-            rope_scaling,
-            max_position_embeddings: 4096,
-            tie_word_embeddings: flags[1],
-            sliding_window: flags[2].then_some(64),
-            layer_types: (flags[2] && flags[3]).then(|| {
-                vec![LayerType::FullAttention, LayerType::SlidingAttention, LayerType::FullAttention]
-            }),
-            initializer_range: 0.02,
-            ttt: TttConfig {
-                enabled: ttt.0,
-                layers: flags[3].then(|| vec![0, 2]),
-                every: (!flags[3]).then_some(2),
-                chunk: ttt.1,
-                lr: ttt.2,
-                target: ttt.3,
-                projection: ttt.4,
-                conv_kernel: 5,
-                clip: ttt.5,
-            },
-        },
+    let ttt = (
+        any::<bool>(),
+        1..32usize,
+        0.0..10.0f64,
+        target,
+        any::<bool>(),
+        option::of(1e-9..1.0f64),
+    );
+    (
+        types,
+        257..200_000usize,
+        1..64usize,
+        1..9usize,
+        scaling,
+        any::<[bool; 4]>(),
+        1.0..1e7f64,
+        ttt,
     )
+        .prop_map(
+            |(model_type, vocab_size, width, heads, rope_scaling, flags, rope_theta, ttt)| {
+                ModelConfig {
+                    model_type,
+                    vocab_size,
+                    hidden_size: 8 * width,
+                    intermediate_size: 16 * width,
+                    num_hidden_layers: 3,
+                    num_attention_heads: heads,
+                    num_key_value_heads: flags[0].then_some(1),
+                    head_dim: Some(8),
+                    rms_norm_eps: 1e-6,
+                    rope_theta,
+                    rope_scaling,
+                    max_position_embeddings: 4096,
+                    tie_word_embeddings: flags[1],
+                    sliding_window: flags[2].then_some(64),
+                    layer_types: (flags[2] && flags[3]).then(|| {
+                        vec![
+                            LayerType::FullAttention,
+                            LayerType::SlidingAttention,
+                            LayerType::FullAttention,
+                        ]
+                    }),
+                    initializer_range: 0.02,
+                    ttt: TttConfig {
+                        enabled: ttt.0,
+                        layers: flags[3].then(|| vec![0, 2]),
+                        every: (!flags[3]).then_some(2),
+                        chunk: ttt.1,
+                        lr: ttt.2,
+                        target: ttt.3,
+                        projection: ttt.4,
+                        conv_kernel: 5,
+                        clip: ttt.5,
+                    },
+                }
+            },
+        )
 }
 
 fn data() -> impl Strategy<Value = DataConfig> {
-    let source = (vec("[^\\x00]{1,8}", 1..3), 1e-6..1e6f64, "\\PC{0,4}").prop_map(|(inputs, weight, key)| {
-        let mut source = SourceConfig::new("", inputs);
-        source.weight = weight;
-        source.text_key = key;
-        source
-    });
-    ("\\PC{1,12}", option::of("\\PC{1,12}"), 1e-6..0.5f64, 100..1_000_000usize, vec(source, 0..3)).prop_map(
-        |(path, tokenizer, validation_fraction, shard_tokens, mut sources)| {
-            for (i, source) in sources.iter_mut().enumerate() {
-                source.name = format!("source-{i}");
-            }
-            DataConfig {
-                path: path.into(),
-                tokenizer_vocab_size: tokenizer.is_none().then_some(257),
-                tokenizer,
-                validation_fraction,
-                shard_tokens,
-                sources,
-            }
+    let source = (vec("[^\\x00]{1,8}", 1..3), 1e-6..1e6f64, "\\PC{0,4}").prop_map(
+        |(inputs, weight, key)| {
+            let mut source = SourceConfig::new("", inputs);
+            source.weight = weight;
+            source.text_key = key;
+            source
         },
+    );
+    (
+        "\\PC{1,12}",
+        option::of("\\PC{1,12}"),
+        1e-6..0.5f64,
+        100..1_000_000usize,
+        vec(source, 0..3),
     )
+        .prop_map(
+            |(path, tokenizer, validation_fraction, shard_tokens, mut sources)| {
+                for (i, source) in sources.iter_mut().enumerate() {
+                    source.name = format!("source-{i}");
+                }
+                DataConfig {
+                    path: path.into(),
+                    tokenizer_vocab_size: tokenizer.is_none().then_some(257),
+                    tokenizer,
+                    validation_fraction,
+                    shard_tokens,
+                    sources,
+                }
+            },
+        )
 }
 
 fn train() -> impl Strategy<Value = TrainConfig> {
-    (1..1_000_000u64, 33..99usize, 1..5usize, 1..5usize, any::<[bool; 3]>(), option::of(1.01..1e3f64)).prop_map(
-        |(steps, sequence_length, rows, micro, flags, spike_factor)| TrainConfig {
-            steps,
-            sequence_length,
-            batch_tokens: sequence_length * rows * micro,
-            micro_batch_rows: rows,
-            activations: if flags[0] { Activations::Keep } else { Activations::Recompute },
-            compute: flags[1].then_some(if flags[0] { Precision::F32 } else { Precision::Bf16 }),
-            on_bad_gradient: if flags[2] { OnBadGradient::Skip } else { OnBadGradient::Abort },
-            spike_factor,
-            log_every: 1 + steps / 3,
-        },
+    (
+        1..1_000_000u64,
+        33..99usize,
+        1..5usize,
+        1..5usize,
+        any::<[bool; 3]>(),
+        option::of(1.01..1e3f64),
     )
+        .prop_map(
+            |(steps, sequence_length, rows, micro, flags, spike_factor)| TrainConfig {
+                steps,
+                sequence_length,
+                batch_tokens: sequence_length * rows * micro,
+                micro_batch_rows: rows,
+                activations: if flags[0] {
+                    Activations::Keep
+                } else {
+                    Activations::Recompute
+                },
+                compute: flags[1].then_some(if flags[0] {
+                    Precision::F32
+                } else {
+                    Precision::Bf16
+                }),
+                on_bad_gradient: if flags[2] {
+                    OnBadGradient::Skip
+                } else {
+                    OnBadGradient::Abort
+                },
+                spike_factor,
+                log_every: 1 + steps / 3,
+            },
+        )
 }
 
 fn optimizer() -> impl Strategy<Value = OptimizerConfig> {
-    let schedule = prop_oneof![Just(ScheduleKind::Cosine), Just(ScheduleKind::Wsd), Just(ScheduleKind::Constant)];
-    (1e-9..10.0f64, schedule, any::<[bool; 2]>(), 0.0..1.0f64, 0.0..1.0f64).prop_map(
-        |(lr, schedule, flags, beta1, min_lr_ratio)| OptimizerConfig {
-            lr,
-            min_lr_ratio: if schedule == ScheduleKind::Constant { 0.1 } else { min_lr_ratio },
-            warmup_steps: 0,
-            schedule,
-            decay_fraction: if schedule == ScheduleKind::Wsd { 0.7 } else { 0.2 },
-            beta1,
-            beta2: 0.95,
-            eps: 1e-8 * lr,
-            weight_decay: if flags[0] { 0.0 } else { lr },
-            grad_clip: if flags[1] { 0.0 } else { 1.0 / lr },
-            overrides: vec![LrOverride { pattern: "model.layers.*".into(), lr_scale: beta1 }; flags[0].into()],
-        },
+    let schedule = prop_oneof![
+        Just(ScheduleKind::Cosine),
+        Just(ScheduleKind::Wsd),
+        Just(ScheduleKind::Constant)
+    ];
+    (
+        1e-9..10.0f64,
+        schedule,
+        any::<[bool; 2]>(),
+        0.0..1.0f64,
+        0.0..1.0f64,
     )
+        .prop_map(
+            |(lr, schedule, flags, beta1, min_lr_ratio)| OptimizerConfig {
+                lr,
+                min_lr_ratio: if schedule == ScheduleKind::Constant {
+                    0.1
+                } else {
+                    min_lr_ratio
+                },
+                warmup_steps: 0,
+                schedule,
+                decay_fraction: if schedule == ScheduleKind::Wsd {
+                    0.7
+                } else {
+                    0.2
+                },
+                beta1,
+                beta2: 0.95,
+                eps: 1e-8 * lr,
+                weight_decay: if flags[0] { 0.0 } else { lr },
+                grad_clip: if flags[1] { 0.0 } else { 1.0 / lr },
+                overrides: vec![
+                    LrOverride {
+                        pattern: "model.layers.*".into(),
+                        lr_scale: beta1
+                    };
+                    flags[0].into()
+                ],
+            },
+        )
 }
 
 prop_compose! {

@@ -4,7 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use proptest::prelude::*;
-use ttt_train::metrics::{EvalMetrics, Line, METRICS_FILE, MetricsWriter, StepMetrics, peak_flops_of, read};
+use ttt_train::metrics::{
+    EvalMetrics, Line, METRICS_FILE, MetricsWriter, StepMetrics, peak_flops_of, read,
+};
 
 fn step(step: u64, loss: f64) -> StepMetrics {
     StepMetrics {
@@ -28,7 +30,11 @@ fn write(dir: &Path, from: u64, to: u64) {
     for i in from..to {
         writer.step(&step(i, 1.0 / (i + 3) as f64)).unwrap();
         if (i + 1) % 2 == 0 {
-            let metrics = EvalMetrics { step: i + 1, validation_loss: 2.0, tokens: 10 };
+            let metrics = EvalMetrics {
+                step: i + 1,
+                validation_loss: 2.0,
+                tokens: 10,
+            };
             writer.evaluation(&metrics).unwrap();
         }
     }
@@ -76,7 +82,9 @@ fn what_is_not_finite_reads_back_as_nan() {
     let mut writer = MetricsWriter::open(dir.path(), 0).unwrap();
     writer.step(&step(0, f64::NAN)).unwrap();
     let lines = read(&dir.path().join(METRICS_FILE)).unwrap();
-    let Line::Step(metrics) = &lines[0] else { panic!("{lines:?}") };
+    let Line::Step(metrics) = &lines[0] else {
+        panic!("{lines:?}")
+    };
     assert!(metrics.loss.is_nan() && metrics.grad_norm.is_nan());
 }
 

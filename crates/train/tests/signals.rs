@@ -12,7 +12,9 @@ const CASE: &str = "TTT_SIGNALS_CASE";
 /// Runs only where [`in_child`] asks for it.
 #[test]
 fn child() {
-    let Ok(case) = std::env::var(CASE) else { return };
+    let Ok(case) = std::env::var(CASE) else {
+        return;
+    };
     let signals = Signals::install().unwrap();
     assert_eq!(signals.received(), None);
     for signal in case.split(' ') {
@@ -28,7 +30,11 @@ fn child() {
 
 fn in_child(case: &str) -> Option<i32> {
     let exe = std::env::current_exe().unwrap();
-    let output = Command::new(exe).args(["--exact", "child"]).env(CASE, case).output().unwrap();
+    let output = Command::new(exe)
+        .args(["--exact", "child"])
+        .env(CASE, case)
+        .output()
+        .unwrap();
     output.status.code()
 }
 

@@ -4,6 +4,7 @@
 //! line, and every mistake comes back as a [`ConfigError`] that names its place, its key and what
 //! would do. A key nobody knows is a mistake.
 
+mod base;
 mod error;
 mod read;
 mod sections;
@@ -16,7 +17,7 @@ use ttt_model::ModelConfig;
 
 pub use error::{ConfigError, Place};
 pub use sections::{
-    Activations, CheckpointConfig, DataConfig, DeviceKind, EvalConfig, LrOverride, OnBadGradient,
+    Activations, CheckpointConfig, DataConfig, DeviceKind, EvalConfig, InitConfig, LrOverride, OnBadGradient,
     OptimizerConfig, Precision, RunConfig, ScheduleKind, SourceConfig, TrainConfig,
 };
 
@@ -26,6 +27,9 @@ pub use sections::{
 pub struct Config {
     /// Where and on what.
     pub run: RunConfig,
+    /// The weights to begin with; default: random ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<InitConfig>,
     /// The model, with Hugging Face's key names; `[model.ttt]` are the layers that learn.
     pub model: ModelConfig,
     /// The text.

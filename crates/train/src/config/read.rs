@@ -5,16 +5,18 @@
 //! a mistake is in the file or in which override.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, Deserializer};
 
-use super::{Config, ConfigError, Place, validate};
+use super::{Config, ConfigError, Place, base, validate};
 
 pub(super) fn parse(text: &str, path: &Path, sets: &[String]) -> Result<Config, ConfigError> {
-    let source = Source::new(text, path, sets);
+    let mut source = Source::new(text, path, sets);
+    // What the tree borrows from must outlive it.
+    let base_text;
     let mut tree = DeTable::parse(text).map_err(|error| ConfigError::Syntax {
         place: source.place(error.span()),
         problem: error.message().to_string(),
@@ -24,6 +26,16 @@ pub(super) fn parse(text: &str, path: &Path, sets: &[String]) -> Result<Config, 
             set: set.to_string(),
             problem,
         })?;
+    }
+    if let Some(init) = base::wanted(tree.get_ref()) {
+        let (from, model) = base::read(&init).map_err(|problem| ConfigError::Value {
+            place: source.place(span_of(tree.get_ref(), "init.from")),
+            key: "init.from".into(),
+            problem,
+        })?;
+        base_text = model;
+        source.base = Some(from);
+        base::complete(tree.get_mut(), &base_text, source.end);
     }
     let places = tree.clone();
     let config = Config::deserialize(Deserializer::from(tree))
@@ -42,6 +54,10 @@ struct Source<'a> {
     path: &'a Path,
     /// Each override and the offset of its first byte.
     sets: Vec<(&'a str, usize)>,
+    /// The offset behind them all, from which what `config.json` says is numbered.
+    end: usize,
+    /// That file.
+    base: Option<PathBuf>,
 }
 
 impl<'a> Source<'a> {
@@ -53,18 +69,27 @@ impl<'a> Source<'a> {
             (set.as_str(), begin)
         });
         let sets = sets.collect();
-        Self { text, path, sets }
+        let (end, base) = (base, None);
+        Self { text, path, sets, end, base }
     }
 
     fn place(&self, span: Option<Range<usize>>) -> Place {
         let Some(begin) = span.map(|span| span.start) else {
             return Place::File(self.path.to_path_buf());
         };
+        if let Some(base) = self.base.as_ref().filter(|_| begin >= self.end) {
+            return Place::File(base.clone());
+        }
         match self.sets.iter().rev().find(|(_, base)| *base <= begin) {
             Some((set, _)) => Place::Set(set.to_string()),
             None => Place::Line {
                 path: self.path.to_path_buf(),
-                line: 1 + self.text.bytes().take(begin).filter(|&b| b == b'\n').count(),
+                line: 1 + self
+                    .text
+                    .bytes()
+                    .take(begin)
+                    .filter(|&b| b == b'\n')
+                    .count(),
             },
         }
     }
@@ -77,26 +102,36 @@ fn apply<'a>(tree: &mut DeTable<'a>, set: &'a str, base: usize) -> Result<(), St
     };
     let (path, value) = (path.trim_end(), value.trim());
     if value.is_empty() {
-        return Err("expected section.key=value, found nothing after \"=\" (an empty text is '\"\"')".into());
+        return Err(
+            "expected section.key=value, found nothing after \"=\" (an empty text is '\"\"')"
+                .into(),
+        );
     }
     let value_base = base + (value.as_ptr() as usize - set.as_ptr() as usize);
     let value = match DeValue::parse(value) {
         Ok(parsed) => moved(parsed, value_base),
         // What is no TOML value is a bare word or sentence.
-        Err(_) => Spanned::new(value_base..value_base + value.len(), DeValue::String(value.into())),
+        Err(_) => Spanned::new(
+            value_base..value_base + value.len(),
+            DeValue::String(value.into()),
+        ),
     };
     let mut begin = base;
     let mut keys = vec![];
     for key in path.split('.') {
         let known = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
         if key.is_empty() || !key.chars().all(known) {
-            return Err(format!("expected section.key=value, found the key \"{path}\""));
+            return Err(format!(
+                "expected section.key=value, found the key \"{path}\""
+            ));
         }
         keys.push((key, begin..begin + key.len()));
         begin += key.len() + 1;
     }
     let Some((last, sections)) = keys.split_last().filter(|(_, rest)| !rest.is_empty()) else {
-        return Err(format!("expected section.key=value, found no section before \"{path}\""));
+        return Err(format!(
+            "expected section.key=value, found no section before \"{path}\""
+        ));
     };
     let mut table = tree;
     for (i, (key, span)) in sections.iter().enumerate() {
@@ -118,7 +153,7 @@ fn apply<'a>(tree: &mut DeTable<'a>, set: &'a str, base: usize) -> Result<(), St
 }
 
 /// The same value with all spans moved by `base`.
-fn moved<'a>(value: Spanned<DeValue<'a>>, base: usize) -> Spanned<DeValue<'a>> {
+pub(super) fn moved<'a>(value: Spanned<DeValue<'a>>, base: usize) -> Spanned<DeValue<'a>> {
     let shift = |span: Range<usize>| span.start + base..span.end + base;
     let span = shift(value.span());
     let value = match value.into_inner() {
@@ -141,7 +176,10 @@ fn moved<'a>(value: Spanned<DeValue<'a>>, base: usize) -> Spanned<DeValue<'a>> {
 fn explain(error: &toml::de::Error, tree: &DeTable<'_>, source: &Source<'_>) -> ConfigError {
     let message = error.message();
     let span = error.span();
-    let key = span.as_ref().and_then(|span| key_at(tree, span)).unwrap_or_default();
+    let key = span
+        .as_ref()
+        .and_then(|span| key_at(tree, span))
+        .unwrap_or_default();
     let place = source.place(span.filter(|_| !key.is_empty()));
     if let Some((_, known)) = expectation(message, "unknown field `") {
         let given = key.rsplit('.').next().unwrap_or(&key);
@@ -158,17 +196,28 @@ fn explain(error: &toml::de::Error, tree: &DeTable<'_>, source: &Source<'_>) -> 
         if let Some(near) = nearest(given, &known) {
             problem += &format!("; did you mean \"{near}\"?");
         }
-        return ConfigError::Value { place, key, problem };
+        return ConfigError::Value {
+            place,
+            key,
+            problem,
+        };
     }
     if let Some(field) = message.strip_prefix("missing field `") {
         let field = field.trim_end_matches('`');
         let (key, hint) = match key.is_empty() {
             true => (format!("the section [{field}]"), String::new()),
-            false => (format!("{key}.{field}"), format!("; add {field} = ... to [{key}]")),
+            false => (
+                format!("{key}.{field}"),
+                format!("; add {field} = ... to [{key}]"),
+            ),
         };
         return ConfigError::Missing { place, key, hint };
     }
-    ConfigError::Value { place, key, problem: in_plain_words(message) }
+    ConfigError::Value {
+        place,
+        key,
+        problem: in_plain_words(message),
+    }
 }
 
 /// The name and the alternatives of serde's "unknown ... `name`, expected one of `a`, `b`".
@@ -182,7 +231,9 @@ fn expectation<'a>(message: &'a str, prefix: &str) -> Option<(&'a str, Vec<&'a s
 
 fn nearest<'a>(given: &str, known: &[&'a str]) -> Option<&'a str> {
     let given = given.to_lowercase().replace('-', "_");
-    let scored = known.iter().map(|known| (strsim::jaro_winkler(&given, known), *known));
+    let scored = known
+        .iter()
+        .map(|known| (strsim::jaro_winkler(&given, known), *known));
     scored
         .filter(|(score, _)| *score > 0.78)
         .max_by(|a, b| a.0.total_cmp(&b.0))
@@ -218,7 +269,11 @@ fn in_plain_words(message: &str) -> String {
 }
 
 fn with_article(kind: &str) -> String {
-    let article = if kind.starts_with(['a', 'i', 'o']) { "an" } else { "a" };
+    let article = if kind.starts_with(['a', 'i', 'o']) {
+        "an"
+    } else {
+        "a"
+    };
     format!("{article} {kind}")
 }
 

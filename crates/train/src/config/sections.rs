@@ -31,13 +31,26 @@ pub enum DeviceKind {
     Cuda,
 }
 
+/// `[init]`: the weights that the run begins with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InitConfig {
+    /// A folder as transformers saves it, or `hub:owner/model`. What `[model]` leaves out comes from
+    /// its `config.json`.
+    pub from: String,
+    /// The hub's branch, tag or commit; in a checkpoint, the commit that was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+}
+
 /// `[data]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
     /// Folder of the token shards. If it holds none, `ttt train` builds them from `sources`.
     pub path: PathBuf,
-    /// A `tokenizer.json`, a folder that has one, or a hub id; default `<path>/tokenizer.json`.
+    /// A `tokenizer.json`, a folder that has one, or a hub id; default that of `[init]`, else
+    /// `<path>/tokenizer.json`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
     /// Trains a byte-level BPE of this size on the sources if `<path>` has no tokenizer.

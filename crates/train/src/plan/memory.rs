@@ -48,7 +48,11 @@ impl Memory {
         let pass = sizes.pass();
         let update = sizes.update();
         let sum = |items: &[MemoryItem]| items.iter().map(|item| item.bytes).sum::<f64>();
-        let fullest = if sum(&pass) > sum(&update) { pass } else { update };
+        let fullest = if sum(&pass) > sum(&update) {
+            pass
+        } else {
+            update
+        };
         let mut items = weights;
         items.extend(fullest);
         items.retain(|item| item.bytes > 0.0);
@@ -129,7 +133,11 @@ impl<'a> Sizes<'a> {
     fn compute_weights_bytes(&self) -> f64 {
         let params = all_params(&self.config.model);
         let bytes = params.iter().map(|param| {
-            let bytes = if param.master_precision { F32 } else { self.compute_bytes };
+            let bytes = if param.master_precision {
+                F32
+            } else {
+                self.compute_bytes
+            };
             match self.on_cpu() && bytes == F32 {
                 true => 0.0,
                 false => bytes * param.len() as f64,
@@ -219,7 +227,8 @@ impl<'a> Sizes<'a> {
             true => 6.0 * F32,
             false => 3.0 * self.compute_bytes,
         };
-        let activations = self.tokens * (self.intermediate * mlp + 2.0 * self.hidden * self.compute_bytes);
+        let activations =
+            self.tokens * (self.intermediate * mlp + 2.0 * self.hidden * self.compute_bytes);
         // Parts, and the same joined; once more where there is a sum to add them to.
         let accumulates = f64::from(u8::from(self.config.train.micro_batches() > 1));
         let gradients = (1.0 + accumulates) * F32 * self.largest_block;
@@ -233,7 +242,11 @@ impl<'a> Sizes<'a> {
         }
         let (model, length) = (&self.config.model, self.config.train.sequence_length);
         let keys = (0..model.num_hidden_layers)
-            .map(|layer| model.window(layer).map_or(length, |w| (w + ATTENTION_TILE).min(length)))
+            .map(|layer| {
+                model
+                    .window(layer)
+                    .map_or(length, |w| (w + ATTENTION_TILE).min(length))
+            })
             .max()
             .unwrap_or(length);
         let rows = self.config.train.micro_batch_rows * model.num_attention_heads;

@@ -6,7 +6,7 @@ use ttt_model::{ModelType, ParamGroup};
 
 use super::{Plan, precision};
 use crate::config::{Activations, Config, DeviceKind, Precision};
-use crate::human::{count, gib, grouped};
+use crate::human::{count, flop, gib, grouped};
 
 /// Width of a table's names, and of its numbers.
 const NAME: usize = 46;
@@ -31,7 +31,11 @@ pub(super) fn describe_model(config: &Config) -> String {
         true => "no TTT".to_string(),
         false => format!(
             "TTT in layers {} (chunk {}, lr {})",
-            learning.iter().map(usize::to_string).collect::<Vec<_>>().join(" "),
+            learning
+                .iter()
+                .map(usize::to_string)
+                .collect::<Vec<_>>()
+                .join(" "),
             model.ttt.chunk,
             model.ttt.lr
         ),
@@ -85,15 +89,15 @@ impl fmt::Display for Plan {
         }
         row(f, "total", count(self.parameter_count() as f64))?;
 
-        writeln!(f, "\nFLOP per token, forward and backward")?;
+        writeln!(f, "\narithmetic per token, forward and backward")?;
         for (name, flops) in [
             ("matrix products", self.flops.matmul),
             ("attention scores", self.flops.attention),
             ("fast updates", self.flops.ttt),
         ] {
-            row(f, name, count(3.0 * flops))?;
+            row(f, name, flop(3.0 * flops))?;
         }
-        row(f, "total", count(self.flops.training_with_ttt()))?;
+        row(f, "total", flop(self.flops.training_with_ttt()))?;
 
         writeln!(f, "\nrun")?;
         row(f, "steps", grouped(self.steps))?;
@@ -106,7 +110,7 @@ impl fmt::Display for Plan {
         );
         row(f, &batch, grouped(rows as u64))?;
         row(f, "tokens", count(self.total_tokens() as f64))?;
-        row(f, "FLOP", count(self.total_flops()))?;
+        row(f, "arithmetic", flop(self.total_flops()))?;
 
         writeln!(f, "\nmemory on one device, estimated, GiB")?;
         for item in &self.memory.items {
