@@ -97,7 +97,7 @@ impl Progress {
 
     /// Leaves the line as it is.
     pub fn finish(&self) {
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = self.bar.as_ref().filter(|bar| !bar.is_finished()) {
             bar.abandon();
         }
         *LIVE.lock().unwrap_or_else(PoisonError::into_inner) = None;

@@ -1,6 +1,6 @@
 //! The run's configuration: one TOML file, one struct per section.
 //!
-//! [`sections`] says what there is, [`Config::load`] reads a file with overrides from the command
+//! `sections.rs` says what there is, [`Config::load`] reads a file with overrides from the command
 //! line, and every mistake comes back as a [`ConfigError`] that names its place, its key and what
 //! would do. A key nobody knows is a mistake.
 
