@@ -97,15 +97,15 @@ fn eight_billion_parameters_are_read_a_tensor_at_a_time() {
     println!(
         "{parameters} parameters, {bytes} bytes on disk, largest tensor {largest} bytes in f32, peak {peak}"
     );
-    // The largest tensor in f32, its bf16 pages, and this process.
-    assert!(peak < largest + largest / 2 + (64 << 20), "{peak}");
+    // The largest tensor in f32, and this process.
+    assert!(peak < largest + (64 << 20), "{peak}");
 }
 
 #[test]
-#[ignore = "writes 7 GB"]
+#[ignore = "writes 2.4 GB"]
 fn importing_holds_slices() {
     let dir = tempfile::tempdir().expect("a folder");
-    let config = qwen3(2048, 6144, 28, 16, true);
+    let config = qwen3(1024, 3072, 28, 16, true);
     let bytes = sparse(&config, dir.path());
     peak_bytes();
     import(dir.path(), &dir.path().join("checkpoint")).expect("an import");

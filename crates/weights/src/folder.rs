@@ -226,9 +226,13 @@ impl Folder {
             }
         };
         let size = element_bytes(entry.dtype) as u64;
-        let begin = entry.begin + range.start as u64 * size;
-        let bytes = shard.map(begin..begin + range.len() as u64 * size)?;
-        convert(&bytes, out);
+        let mut begin = entry.begin + range.start as u64 * size;
+        // A slice at a time, so that the mapped pages stay few beside a large tensor's values.
+        for part in out.chunks_mut(1 << 22) {
+            let end = begin + part.len() as u64 * size;
+            convert(&shard.map(begin..end)?, part);
+            begin = end;
+        }
         Ok(())
     }
 

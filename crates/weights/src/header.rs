@@ -3,6 +3,9 @@
 //! The safetensors crate's own reader lets a repeated name win silently and overflows on extreme
 //! offsets, so the checks are here, on its types, and name the tensor at fault.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 

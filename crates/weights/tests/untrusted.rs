@@ -5,7 +5,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
-use ttt_weights::{Dtype, Folder, WeightIndex};
+use ttt_weights::{Dtype, Folder};
 
 /// A safetensors file from its JSON and the size of its data.
 fn file(json: &str, data_bytes: usize) -> Vec<u8> {
@@ -291,11 +291,8 @@ mod links {
 
 /// Opens a folder with this file and, if that works, reads everything in it.
 fn exercise(content: &[u8]) {
-    // One folder for all cases of a thread: making one takes longer than the case.
-    thread_local!(static DIR: TempDir = TempDir::new().unwrap());
-    let dir = DIR.with(|dir| dir.path().to_path_buf());
-    fs::write(dir.join("model.safetensors"), content).unwrap();
-    if let Ok(weights) = Folder::open(&dir) {
+    let dir = folder(&[("model.safetensors", content)]);
+    if let Ok(weights) = Folder::open(dir.path()) {
         for name in weights.names() {
             let bytes = weights.bytes(name).unwrap();
             let elements: usize = weights.info(name).unwrap().shape.iter().product();
@@ -308,7 +305,8 @@ fn exercise(content: &[u8]) {
 /// Sound content with bytes overwritten at random places, and cut.
 fn damaged(sound: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
     let places = prop::collection::vec((0..sound.len(), any::<u8>()), 0..4);
-    (places, prop::option::weighted(0.3, 0..sound.len())).prop_map(move |(places, cut)| {
+    let cut = prop::option::weighted(0.3, 0..sound.len());
+    (places, cut).prop_map(move |(places, cut)| {
         let mut bytes = sound.clone();
         for (place, byte) in places {
             bytes[place] = byte;
@@ -318,87 +316,23 @@ fn damaged(sound: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// JSON-like text of the tokens that headers and indexes are made of: gets past the parser's first
-/// bytes far more often than random bytes do.
-fn token_soup() -> impl Strategy<Value = Vec<u8>> {
-    const TOKENS: [&str; 22] = [
-        "{",
-        "}",
-        "[",
-        "]",
-        ",",
-        ":",
-        "\"a\"",
-        "\"b\"",
-        "\"dtype\"",
-        "\"shape\"",
-        "\"data_offsets\"",
-        "\"F32\"",
-        "\"F4\"",
-        "\"BF16\"",
-        "0",
-        "4",
-        "18446744073709551615",
-        "-1",
-        "\"__metadata__\"",
-        "\"weight_map\"",
-        "\"model.safetensors\"",
-        "null",
-    ];
-    prop::collection::vec(prop::sample::select(&TOKENS[..]), 0..30)
-        .prop_map(|tokens| tokens.concat().into_bytes())
-}
-
-/// Well-formed headers with arbitrary numbers.
-fn arbitrary_header() -> impl Strategy<Value = Vec<u8>> {
-    let number = || prop_oneof![0..20u64, Just(u64::MAX), Just(u64::MAX / 2), any::<u64>()];
-    let dtype = prop::sample::select(vec!["F32", "BF16", "F4", "U8", "I64", "F6_E2M3"]);
-    let tensor = (
-        dtype,
-        prop::collection::vec(number(), 0..4),
-        number(),
-        number(),
-    );
-    prop::collection::vec(tensor, 0..4).prop_map(|tensors| {
-        let entries: Vec<String> = (tensors.iter().enumerate())
-            .map(|(i, (dtype, shape, begin, end))| {
-                format!(r#""{i}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{begin},{end}]}}"#)
-            })
-            .collect();
-        file(&format!("{{{}}}", entries.join(",")), 16)
-    })
-}
-
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(20_000) })]
+    // Files are slow; the header's own tests run a hundred thousand cases in memory.
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
 
     #[test]
-    fn damaged_headers_never_panic(bytes in damaged(file(SOUND, 12))) {
+    fn damaged_files_never_panic(bytes in damaged(file(SOUND, 12))) {
         exercise(&bytes);
     }
 
     #[test]
-    fn arbitrary_headers_never_panic(bytes in arbitrary_header()) {
-        exercise(&bytes);
-    }
-
-    #[test]
-    fn header_soup_never_panics(json in token_soup()) {
-        exercise(&file(&String::from_utf8_lossy(&json), 4));
-    }
-
-    #[test]
-    fn damaged_indexes_never_panic(bytes in damaged(index(r#""a":"x.safetensors","b":"y.safetensors""#).into_bytes())) {
-        if let Ok(index) = WeightIndex::parse(&bytes) {
-            for file in index.files() {
-                prop_assert!(!file.contains("..") || !file.contains('/'));
-            }
-        }
-    }
-
-    #[test]
-    fn index_soup_never_panics(json in token_soup(), bytes in prop::collection::vec(any::<u8>(), 0..20)) {
-        let _ = WeightIndex::parse(&json);
-        let _ = WeightIndex::parse(&bytes);
+    fn damaged_index_files_never_panic(
+        index in damaged(index(r#""a":"x.safetensors","b":"x.safetensors""#).into_bytes()),
+    ) {
+        let dir = folder(&[
+            ("model.safetensors.index.json", &index),
+            ("x.safetensors", &file(SOUND, 12)),
+        ]);
+        let _ = Folder::open(dir.path());
     }
 }
