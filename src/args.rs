@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 use ttt_data::DocumentUnit;
 use ttt_train::config::DeviceKind;
+use ttt_train::interop::ExportDtype;
 use ttt_train::run::Resume;
 
 /// Pretrain, resume, evaluate and sample In-Place Test-Time-Training language models.
@@ -23,6 +24,10 @@ pub enum Command {
     Plan(PlanArgs),
     /// Continue prompts with a trained model.
     Generate(GenerateArgs),
+    /// Make a checkpoint a folder as transformers reads it.
+    Export(ExportArgs),
+    /// Make a folder as transformers saves it a checkpoint.
+    Import(ImportArgs),
     /// Validation loss of a trained model, overall and by position in the row.
     Eval(EvalArgs),
     /// Token shards: build, train a tokenizer, look inside.
@@ -118,6 +123,22 @@ pub struct GenerateArgs {
     /// Text to continue. Repeatable.
     #[arg(long = "prompt", required = true, value_name = "TEXT")]
     pub prompts: Vec<String>,
+    /// Prompts are what a user says to an instruct model, written by its chat template. Not
+    /// supported: tools, documents, images.
+    #[arg(long)]
+    pub chat: bool,
+    /// What the system message of each chat says.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+    /// End before this text. Repeatable.
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub stop: Vec<String>,
+    /// Always take the most likely token: temperature 0.
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
+    pub greedy: bool,
+    /// Largest norm of a chunk's fast update, instead of the configuration's model.ttt.clip.
+    #[arg(long, value_name = "NORM", value_parser = positive)]
+    pub clip: Option<f64>,
     /// Most tokens to add to each prompt.
     #[arg(long, default_value_t = 128)]
     pub max_tokens: usize,
@@ -146,6 +167,14 @@ fn temperature(text: &str) -> Result<f64, String> {
     }
 }
 
+fn positive(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "expected a number")?;
+    match value.is_finite() && value > 0.0 {
+        true => Ok(value),
+        false => Err("expected a number above 0".into()),
+    }
+}
+
 fn probability(text: &str) -> Result<f64, String> {
     let value: f64 = text.parse().map_err(|_| "expected a number")?;
     match value > 0.0 && value <= 1.0 {
@@ -167,6 +196,45 @@ fn at_least_one(text: &str) -> Result<usize, String> {
         Ok(value) if value > 0 => Ok(value),
         _ => Err("expected a whole number, 1 or more".into()),
     }
+}
+
+/// What exported weights are stored as.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum DtypeArg {
+    /// What the checkpoint holds.
+    F32,
+    /// Half of it, rounded.
+    Bf16,
+}
+
+impl From<DtypeArg> for ExportDtype {
+    fn from(dtype: DtypeArg) -> Self {
+        match dtype {
+            DtypeArg::F32 => Self::F32,
+            DtypeArg::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub struct ExportArgs {
+    /// A checkpoint's folder, or a run's for its newest checkpoint.
+    pub checkpoint: PathBuf,
+    /// The folder to write; must not exist.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// What the weights are stored as.
+    #[arg(long, value_enum, default_value_t = DtypeArg::Bf16)]
+    pub dtype: DtypeArg,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct ImportArgs {
+    /// A folder with config.json and safetensors.
+    pub dir: PathBuf,
+    /// The checkpoint to write; must not exist.
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub out: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
@@ -214,7 +282,7 @@ impl From<DocumentArg> for DocumentUnit {
 /// One source of text.
 #[derive(Debug, clap::Args)]
 pub struct InputArgs {
-    /// Files, folders, globs, or hub:owner/dataset[@revision][/glob].
+    /// Files, folders, globs, or `hub:owner/dataset[@revision][/glob]`.
     #[arg(required_unless_present = "config", conflicts_with = "config")]
     pub inputs: Vec<String>,
     /// The key (JSON Lines) or column (parquet) that holds the text.
@@ -223,7 +291,7 @@ pub struct InputArgs {
     /// What makes a document; by default a file of text, a record of JSON Lines and parquet.
     #[arg(long, conflicts_with = "config")]
     pub document: Option<DocumentArg>,
-    /// Take the sources, and all settings, of this configuration's [data] section.
+    /// Take the sources, and all settings, of this configuration's data section.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Change a setting of the configuration. Repeatable.
@@ -246,7 +314,7 @@ pub struct BuildArgs {
         conflicts_with = "config"
     )]
     pub out: Option<PathBuf>,
-    /// A tokenizer.json, a folder that has one, or hub:owner/model[@revision].
+    /// A tokenizer.json, a folder that has one, or `hub:owner/model[@revision]`.
     #[arg(
         long,
         value_name = "PATH",

@@ -31,6 +31,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Train(args) => model::train(&args),
         Command::Plan(args) => model::plan(&args),
         Command::Generate(args) => model::generate(&args),
+        Command::Export(args) => model::export(&args),
+        Command::Import(args) => model::import(&args),
         Command::Eval(args) => model::eval(&args),
         Command::Data(DataCommand::Build(args)) => data::build(&args),
         Command::Doctor => gpu::doctor(),

@@ -1,14 +1,18 @@
-//! `ttt train`, `ttt plan`, `ttt generate` and `ttt eval`.
+//! `ttt train`, `ttt plan`, `ttt generate`, `ttt eval`, `ttt export` and `ttt import`.
 
 use std::io::{Write, stdout};
 
+use ttt_train::checkpoint;
 use ttt_train::config::Config;
+use ttt_train::generate::chat::{ChatTemplate, Message};
+use ttt_train::generate::stop::StopStrings;
 use ttt_train::generate::{Generation, Sampling};
 use ttt_train::human::grouped;
+use ttt_train::interop::{ExportOptions, export as export_checkpoint, import as import_folder};
 use ttt_train::open::Opened;
 use ttt_train::plan::Plan;
 
-use crate::args::{EvalArgs, GenerateArgs, PlanArgs, TrainArgs};
+use crate::args::{EvalArgs, ExportArgs, GenerateArgs, ImportArgs, PlanArgs, TrainArgs};
 
 pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let config = Config::load(&args.config.config, &args.config.sets)?;
@@ -23,31 +27,98 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
 
 pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     let mut opened = Opened::new(&args.checkpoint, args.device.map(Into::into))?;
+    if args.clip.is_some() {
+        opened.config.model.ttt.clip = args.clip;
+    }
+    let template = match args.chat {
+        true => Some(ChatTemplate::load(&opened.path)?),
+        false => None,
+    };
+    let ends = opened.end_ids()?;
     let decoder = opened.decoder()?;
+    let tokenizer = &opened.tokenizer;
     let sampling = Sampling {
-        temperature: args.temperature,
+        temperature: if args.greedy { 0.0 } else { args.temperature },
         top_k: args.top_k,
         top_p: args.top_p,
         seed: args.seed,
     };
     for (i, prompt) in args.prompts.iter().enumerate() {
-        // Each prompt draws from a stream of its own, so its text does not depend on the others.
-        let mut generation =
-            Generation::start(&decoder, &opened.tokenizer, prompt, sampling, i as u64)?;
-        let mut text = opened.tokenizer.decode_stream();
         show(if i > 0 { "\n" } else { "" })?;
-        show(prompt)?;
+        let ids = match &template {
+            Some(template) => {
+                let messages = conversation(args.system.as_deref(), prompt);
+                tokenizer.encode_special(&template.render(&messages)?)?
+            }
+            None => {
+                show(prompt)?;
+                let ids = tokenizer.encode(prompt)?;
+                // Nothing to read is read as the end of an earlier document.
+                let empty = ids.is_empty().then(|| tokenizer.eos_id());
+                ids.into_iter().chain(empty).collect()
+            }
+        };
+        // Each prompt draws from a stream of its own, so its text does not depend on the others.
+        let mut generation = Generation::start_ids(&decoder, &ids, &ends, sampling, i as u64)?;
+        let mut text = tokenizer.decode_stream();
+        let mut stop = StopStrings::new(&args.stop);
         for _ in 0..args.max_tokens {
             let Some(id) = generation.next_token()? else {
                 break;
             };
             if let Some(piece) = text.push(id)? {
-                show(&piece)?;
+                show(&stop.push(&piece))?;
+            }
+            if stop.stopped() {
+                break;
             }
         }
-        show(&text.finish()?)?;
+        show(&stop.push(&text.finish()?))?;
+        show(&stop.finish())?;
         show("\n")?;
     }
+    Ok(())
+}
+
+/// What a user says, behind what the system says.
+fn conversation(system: Option<&str>, user: &str) -> Vec<Message> {
+    let message = |role: &str, content: &str| Message {
+        role: role.into(),
+        content: content.into(),
+    };
+    let system = system.map(|text| message("system", text));
+    system.into_iter().chain([message("user", user)]).collect()
+}
+
+pub fn export(args: &ExportArgs) -> anyhow::Result<()> {
+    let path = match args.checkpoint.join("manifest.json").is_file() {
+        true => args.checkpoint.clone(),
+        // An error about a folder that is neither names what was given.
+        false => checkpoint::list(&args.checkpoint)?
+            .pop()
+            .unwrap_or_else(|| args.checkpoint.clone()),
+    };
+    let options = ExportOptions {
+        dtype: args.dtype.into(),
+        ..ExportOptions::default()
+    };
+    let exported = export_checkpoint(&path, &args.out, &options)?;
+    let bytes: u64 = exported.files.iter().map(|file| file.bytes).sum();
+    println!(
+        "{}: {} bytes of weights from {}",
+        args.out.display(),
+        grouped(bytes),
+        path.display()
+    );
+    for note in &exported.notes {
+        println!("note: {note}");
+    }
+    Ok(())
+}
+
+pub fn import(args: &ImportArgs) -> anyhow::Result<()> {
+    import_folder(&args.dir, &args.out)?;
+    println!("{}: a checkpoint of {}", args.out.display(), args.dir.display());
     Ok(())
 }
 

@@ -1,4 +1,6 @@
-//! Running the binary on a tiny model.
+//! Running the binary on a tiny model. Each test file uses what it needs of this.
+
+#![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

@@ -29,5 +29,6 @@ pub use error::DataError;
 pub use loader::{Batch, Loader};
 pub use manifest::{Manifest, Split, TokenType};
 pub use sampler::Sampler;
+pub use source::hub::{HubModel, ModelFiles, fetch_model, offline_by_environment};
 pub use source::{BadRecords, DocumentUnit, SourceSpec};
 pub use tokenizer::{StreamDecoder, Tokenizer, TokenizerTraining, train_tokenizer};

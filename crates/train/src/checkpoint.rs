@@ -5,7 +5,7 @@
 //!     model.safetensors       master weights, f32, Hugging Face names (in shards when large)
 //!     optimizer.safetensors   <name>.exp_avg and <name>.exp_avg_sq
 //!     config.toml             the configuration of the run
-//!     tokenizer.json
+//!     tokenizer.json          and what else belongs to it, if the run began with another model
 //!     manifest.json           step, data cursor, and the size and hash of every file above
 //! ```
 //!
@@ -115,8 +115,8 @@ pub fn list(run_dir: &Path) -> Result<Vec<PathBuf>, TrainError> {
     Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
-/// Writes a checkpoint of the run in `config.run.dir` and removes all but the newest
-/// `config.checkpoint.keep`. Returns its folder.
+/// Writes a checkpoint of the run in `config.run.dir`, with `small` files (name and content) for its
+/// tokenizer, and removes all but the newest `config.checkpoint.keep`. Returns its folder.
 ///
 /// # Errors
 /// If a file cannot be written; what was there before stays.
@@ -124,7 +124,7 @@ pub fn save(
     config: &Config,
     units: &[UnitState],
     progress: &Progress,
-    tokenizer: &Path,
+    small: &[(String, Vec<u8>)],
     mesh: &Mesh,
 ) -> Result<PathBuf, TrainError> {
     let path = path_of(&config.run.dir, progress.step);
@@ -132,8 +132,9 @@ pub fn save(
         let mut files = write_model(dir, units, mesh)?;
         files.extend(write_optimizer(dir, units, mesh)?);
         files.push(write_file(dir, "config.toml", config.to_toml()?.as_bytes())?);
-        let bytes = std::fs::read(tokenizer).map_err(TrainError::io("read", tokenizer))?;
-        files.push(write_file(dir, "tokenizer.json", &bytes)?);
+        for (name, bytes) in small {
+            files.push(write_file(dir, name, bytes)?);
+        }
         seal(dir, progress, files)
     })?;
     let all = list(&config.run.dir)?;

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ttt_data::{
-    BuildConfig, Dataset, Loader, Progress, Sampler, Split, Tokenizer, build, train_tokenizer,
+    BuildConfig, Dataset, Loader, ModelFiles, Progress, Sampler, Split, Tokenizer, build, train_tokenizer,
 };
 use ttt_parallel::Mesh;
 
 use crate::config::{Config, ConfigError};
 use crate::error::TrainError;
+use crate::start::locate;
 
 /// The data of a run.
 #[derive(Debug)]
@@ -36,8 +37,8 @@ impl Data {
         }
         let train = Arc::new(Dataset::open(path, Split::Train)?);
         let tokenizer = train.tokenizer()?;
-        if let Some(name) = &config.data.tokenizer {
-            train.check_tokenizer(&Tokenizer::load(name.as_ref())?)?;
+        if let Some(name) = named_tokenizer(config)? {
+            train.check_tokenizer(&Tokenizer::load(&name)?)?;
         }
         let (known, vocab) = (train.manifest().vocab_size, config.model.vocab_size as u64);
         if known > vocab {
@@ -107,10 +108,24 @@ pub fn build_recipe(config: &Config) -> Result<BuildConfig, TrainError> {
     })
 }
 
+/// The tokenizer that `[data]` or, if it says nothing of one, the model of `[init]` has.
+fn named_tokenizer(config: &Config) -> Result<Option<PathBuf>, TrainError> {
+    let data = &config.data;
+    match (&data.tokenizer, &config.init) {
+        (Some(name), _) => Ok(Some(name.into())),
+        // Text split another way means nothing to a trained model.
+        (None, Some(init)) if data.tokenizer_vocab_size.is_none() => {
+            let file = locate(init, ModelFiles::Small)?.dir.join("tokenizer.json");
+            Ok(file.is_file().then_some(file))
+        }
+        _ => Ok(None),
+    }
+}
+
 /// The tokenizer that `[data]` names, trained first if it only names a size.
 fn tokenizer(config: &Config) -> Result<PathBuf, TrainError> {
-    match (&config.data.tokenizer, config.data.tokenizer_vocab_size) {
-        (Some(name), _) => Ok(name.into()),
+    match (named_tokenizer(config)?, config.data.tokenizer_vocab_size) {
+        (Some(name), _) => Ok(name),
         (None, Some(size)) => {
             let out = config.data.path.join(format!("tokenizer-{size}"));
             let file = out.join("tokenizer.json");

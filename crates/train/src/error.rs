@@ -8,6 +8,7 @@ use ttt_parallel::CommError;
 use ttt_weights::WeightsError;
 
 use crate::config::ConfigError;
+use crate::generate::chat::ChatError;
 use crate::interop::InteropError;
 
 /// Why a run ended early or could not begin.
@@ -49,6 +50,22 @@ pub enum TrainError {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// A new TTT layer changes what the base model computes.
+    #[error(
+        "with TTT the model of [init] computes other logits than without (largest difference {difference:e}, at most {tolerance:e} is rounding): this is a defect of the program, please report it with the configuration"
+    )]
+    NotTheBaseModel {
+        /// The largest difference between logits.
+        difference: f64,
+        /// What rounding explains.
+        tolerance: f64,
+    },
+    /// A prompt that the model cannot read.
+    #[error("the prompt {0}")]
+    Prompt(String),
+    /// A chat template that cannot be used.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
     /// The device asked for is not there.
     #[error("device \"{device}\": {problem}")]
     Device {

@@ -1,5 +1,8 @@
 //! Sampling text from a model.
 
+pub mod chat;
+pub mod stop;
+
 use burn::tensor::Tensor;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -30,7 +33,8 @@ pub struct Generation<'a> {
     rng: ChaCha8Rng,
     /// Logits of the token to come: `[V]`.
     logits: Tensor<1>,
-    eos: u32,
+    /// Tokens that end the text.
+    ends: Vec<u32>,
 }
 
 impl<'a> Generation<'a> {
@@ -49,8 +53,32 @@ impl<'a> Generation<'a> {
         if ids.is_empty() {
             ids.push(tokenizer.eos_id());
         }
+        let end = tokenizer.eos_id();
+        Self::start_ids(decoder, &ids, &[end], sampling, stream)
+    }
+
+    /// Reads a prompt that is tokens already; the text ends at any of `ends`.
+    ///
+    /// # Errors
+    /// If there are no tokens, or some that the model does not know.
+    pub fn start_ids(
+        decoder: &'a Decoder,
+        ids: &[u32],
+        ends: &[u32],
+        sampling: Sampling,
+        stream: u64,
+    ) -> Result<Self, TrainError> {
+        let vocab = decoder.config().vocab_size;
+        if ids.is_empty() {
+            return Err(TrainError::Prompt("has no tokens".into()));
+        }
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            return Err(TrainError::Prompt(format!(
+                "has the token {id}, the model knows {vocab}"
+            )));
+        }
         let mut session = decoder.session();
-        let logits = decoder.extend_last(&mut session, &ids);
+        let logits = decoder.extend_last(&mut session, ids);
         let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
         rng.set_stream(stream);
         Ok(Self {
@@ -59,7 +87,7 @@ impl<'a> Generation<'a> {
             sampling,
             rng,
             logits,
-            eos: tokenizer.eos_id(),
+            ends: ends.to_vec(),
         })
     }
 
@@ -70,7 +98,7 @@ impl<'a> Generation<'a> {
     pub fn next_token(&mut self) -> Result<Option<u32>, TrainError> {
         let logits = crate::device::read(&self.logits)?;
         let id = draw(&logits, &self.sampling, &mut self.rng) as u32;
-        if id == self.eos {
+        if self.ends.contains(&id) {
             return Ok(None);
         }
         self.logits = self.decoder.extend_last(&mut self.session, &[id]);

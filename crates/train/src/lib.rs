@@ -21,6 +21,7 @@ pub mod progress;
 pub mod run;
 pub mod schedule;
 pub mod signals;
+pub mod start;
 pub mod step;
 pub mod units;
 

@@ -1,6 +1,6 @@
 //! Opening a checkpoint to use the model in it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ttt_data::{Dataset, Split, Tokenizer};
@@ -24,6 +24,8 @@ pub struct Opened {
     pub model: Model,
     /// The checkpoint's own tokenizer.
     pub tokenizer: Tokenizer,
+    /// The checkpoint's folder.
+    pub path: PathBuf,
     mesh: Mesh,
 }
 
@@ -58,9 +60,32 @@ impl Opened {
                 device,
             },
             tokenizer: Tokenizer::load(&checkpoint.path().join("tokenizer.json"))?,
+            path: checkpoint.path().to_path_buf(),
             config,
             mesh,
         })
+    }
+
+    /// The tokens that end a text: the tokenizer's own, and those that `generation_config.json`
+    /// names, of which instruct models have several.
+    ///
+    /// # Errors
+    /// If that file is damaged.
+    pub fn end_ids(&self) -> Result<Vec<u32>, TrainError> {
+        let mut ids = vec![self.tokenizer.eos_id()];
+        let path = self.path.join("generation_config.json");
+        if path.is_file() {
+            let bytes = std::fs::read(&path).map_err(TrainError::io("read", &path))?;
+            let json: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| {
+                let problem = format!("generation_config.json: {error}");
+                TrainError::checkpoint(&self.path, problem)
+            })?;
+            let named = &json["eos_token_id"];
+            let several = named.as_array().into_iter().flatten();
+            let named = several.chain(Some(named)).filter_map(|id| id.as_u64());
+            ids.extend(named.filter_map(|id| u32::try_from(id).ok()));
+        }
+        Ok(ids)
     }
 
     /// The model as a decoder.

@@ -24,6 +24,7 @@ use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::schedule::learning_rate;
 use crate::signals::Signals;
+use crate::start::{BaseModel, read_small_files};
 use crate::step::{MicroBatch, Model};
 use crate::units::UnitState;
 
@@ -51,18 +52,39 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
     let run_dir = &config.run.dir;
     std::fs::create_dir_all(run_dir).map_err(TrainError::io("create", run_dir))?;
 
+    // ---- the model to continue, if one is named and the run is new --------------------------------
+    let new = match resume {
+        Resume::Auto => checkpoint::list(run_dir)?.is_empty(),
+        Resume::From(_) => false,
+        Resume::Never => true,
+    };
+    let mut recorded = config.clone();
+    let base = match new {
+        true => BaseModel::open(&mut recorded)?,
+        false => None,
+    };
+    if !new {
+        // A checkpoint holds all of its model; the folder may be gone.
+        recorded.init = None;
+    }
+
     // ---- data ----------------------------------------------------------------------------------
-    let data = Data::prepare(config)?;
+    let data = Data::prepare(&recorded)?;
     let fingerprint = data.sampler.fingerprint();
 
     // ---- model, new or where it was left --------------------------------------------------------
     let plan = Plan::new(config);
     println!("{plan}");
     let start = find_start(config, resume, &fingerprint)?;
-    let units = match &start {
-        Some(checkpoint) => checkpoint.load(&config.model, &mesh, &device)?,
-        None => new_units(config, &mesh, &device),
+    let units = match (&start, &base) {
+        (Some(checkpoint), _) => checkpoint.load(&config.model, &mesh, &device)?,
+        (None, Some(base)) => base.units(&recorded, &mesh, &device)?,
+        (None, None) => new_units(config, &mesh, &device),
     };
+    if let Some(checkpoint) = &start {
+        recorded.init.clone_from(&checkpoint.config.init);
+    }
+    let tokenizer_files = tokenizer_files(&data, &start, &base)?;
     let mut at = match &start {
         Some(checkpoint) => checkpoint.progress.clone(),
         None => checkpoint::Progress {
@@ -105,6 +127,17 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
             .progress
             .note(&format!("resumed from {path} at step {}", at.step));
     }
+    if let Some(base) = &base {
+        for note in &base.notes {
+            report.progress.note(note);
+        }
+        let row = data.sampler.row(0)?;
+        let exact = config.run.device == DeviceKind::Cpu;
+        if base.check_unchanged(&mut model, &row, &mesh, exact)? {
+            let note = "the new TTT layers change no logit: step 0 is the base model's";
+            report.progress.note(note);
+        }
+    }
     // A step is saved once: a signal may arrive where a checkpoint was due anyway.
     let here = |checkpoint: &&Checkpoint| checkpoint.path().starts_with(run_dir);
     let resumed = start.as_ref().filter(here);
@@ -114,7 +147,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
             return Ok(checkpoint::path_of(run_dir, at.step));
         }
         at.mean_grad_norm = read_scalar(&updater.mean_norm)? as f32;
-        checkpoint::save(config, &model.units, at, &data.tokenizer_path, &mesh)
+        checkpoint::save(&recorded, &model.units, at, &tokenizer_files, &mesh)
     };
 
     // ---- steps ---------------------------------------------------------------------------------
@@ -248,6 +281,28 @@ fn find_start(
         }
     }
     Ok(found)
+}
+
+/// What a checkpoint keeps of the tokenizer: the shards' own, and the other files that came with it
+/// where the run began.
+fn tokenizer_files(
+    data: &Data,
+    start: &Option<Checkpoint>,
+    base: &Option<BaseModel>,
+) -> Result<Vec<(String, Vec<u8>)>, TrainError> {
+    const OWN: &str = "tokenizer.json";
+    let path = &data.tokenizer_path;
+    let own = std::fs::read(path).map_err(TrainError::io("read", path))?;
+    let files = match (start, base) {
+        (Some(checkpoint), _) => read_small_files(checkpoint.path())?,
+        (None, Some(base)) => base.small_files()?,
+        (None, None) => vec![],
+    };
+    // Another tokenizer's settings and chat template do not fit this one.
+    match files.iter().any(|(name, bytes)| name == OWN && *bytes == own) {
+        true => Ok(files),
+        false => Ok(vec![(OWN.into(), own)]),
+    }
 }
 
 /// Initial weights of every unit.

@@ -7,7 +7,7 @@ use proptest::option;
 use proptest::prelude::*;
 use ttt_model::{LayerType, ModelConfig, ModelType, RopeScaling, Target, TttConfig};
 use ttt_train::config::{
-    Activations, CheckpointConfig, Config, DataConfig, DeviceKind, EvalConfig, LrOverride,
+    Activations, CheckpointConfig, Config, DataConfig, DeviceKind, EvalConfig, InitConfig, LrOverride,
     OnBadGradient, OptimizerConfig, Precision, RunConfig, ScheduleKind, SourceConfig, TrainConfig,
 };
 
@@ -220,9 +220,11 @@ prop_compose! {
         dir in "\\PC{1,12}", seed in 0..=i64::MAX as u64, cuda: bool,
         checkpoint in (any::<u32>(), 1..9usize, any::<bool>()),
         eval in (any::<u32>(), 1..99usize, option::of("(?s).{1,20}"), 1..99usize),
+        init in option::of(("\\PC{1,12}", option::of("\\PC{1,12}"))),
     ) -> Config {
         Config {
             run: RunConfig { dir: dir.into(), device: if cuda { DeviceKind::Cuda } else { DeviceKind::Cpu }, seed },
+            init: init.map(|(from, revision)| InitConfig { from, revision }),
             model, data, train, optimizer,
             checkpoint: CheckpointConfig { every: checkpoint.0.into(), keep: checkpoint.1, at_end: checkpoint.2 },
             eval: EvalConfig { every: eval.0.into(), rows: eval.1, sample_prompt: eval.2, sample_tokens: eval.3 },

@@ -5,6 +5,8 @@
 //! from one commit, which the manifest records. The cache is the one that the Python tools share: `HF_HUB_CACHE`, else
 //! `HF_HOME/hub`, else `~/.cache/huggingface/hub`.
 
+mod model;
+
 use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
@@ -12,6 +14,8 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use super::discover::{Format, listed_format};
 use crate::DataError;
+
+pub use model::{HubModel, ModelFiles, fetch_model};
 
 /// What tells a hub name from a path.
 pub(crate) const PREFIX: &str = "hub:";

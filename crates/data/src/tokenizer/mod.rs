@@ -139,6 +139,17 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Ids of `text` in which special tokens are what their names say: for text that a chat template made, whose
+    /// special tokens are meant. A user's text that spells one becomes one too, as in other programs.
+    pub fn encode_special(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        let mut inner = self.inner.clone();
+        inner.set_encode_special_tokens(false);
+        let encoding = inner
+            .encode_fast(text, false)
+            .map_err(|error| DataError::Tokenizer(error.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
     /// Text of `ids`; special tokens are left out. Bytes that are no UTF-8 come out as U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> Result<String, DataError> {
         self.inner

@@ -42,7 +42,7 @@ pub(super) fn wanted(tree: &DeTable<'_>) -> Option<InitConfig> {
 
 /// The file, and what it says as the text of a model section.
 pub(super) fn read(init: &InitConfig) -> Result<(PathBuf, String), String> {
-    let place = locate(init, ModelFiles::Config).map_err(|error| error.to_string())?;
+    let place = locate(init, ModelFiles::Small).map_err(|error| error.to_string())?;
     let config = base_config(&place.dir).map_err(|error| error.to_string())?;
     let text = toml::to_string(&config).map_err(|error| error.to_string())?;
     Ok((place.dir.join("config.json"), text))

@@ -30,15 +30,7 @@ impl HfFolder {
     /// # Errors
     /// If one of them is missing, damaged, or describes something that is not supported.
     pub fn open(dir: &Path) -> Result<Self, TrainError> {
-        let path = dir.join("config.json");
-        if !path.is_file() {
-            let dir = dir.to_path_buf();
-            return Err(InteropError::NoConfig { dir }.into());
-        }
-        let config = config_from_json(&read_json(&path)?).map_err(|source| {
-            let dir = dir.to_path_buf();
-            InteropError::Config { dir, source }
-        })?;
+        let config = base_config(dir)?;
         let weights = Folder::open(dir)?;
         let tokenizer = dir.join("tokenizer.json");
         if tokenizer.is_file() {
@@ -50,6 +42,22 @@ impl HfFolder {
             weights,
         })
     }
+}
+
+/// The model that the `config.json` in `dir` describes. No other file is read.
+///
+/// # Errors
+/// If it is missing, damaged, or describes something that is not supported.
+pub fn base_config(dir: &Path) -> Result<ModelConfig, TrainError> {
+    let path = dir.join("config.json");
+    if !path.is_file() {
+        let dir = dir.to_path_buf();
+        return Err(InteropError::NoConfig { dir }.into());
+    }
+    config_from_json(&read_json(&path)?).map_err(|source| {
+        let dir = dir.to_path_buf();
+        InteropError::Config { dir, source }.into()
+    })
 }
 
 /// Refuses a tokenizer with ids beyond the embedding. Fewer are usual: embeddings are padded.

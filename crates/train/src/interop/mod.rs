@@ -16,7 +16,7 @@ mod side_files;
 
 pub use error::InteropError;
 pub use export::{ExportDtype, ExportOptions, Exported, export};
-pub use hf_folder::HfFolder;
+pub use hf_folder::{HfFolder, base_config};
 pub use import::import;
 pub use init_from::InitFrom;
 pub use side_files::side_files;
