@@ -108,7 +108,9 @@ pub fn list(run_dir: &Path) -> Result<Vec<PathBuf>, TrainError> {
     for entry in entries {
         let path = entry.map_err(TrainError::io("list", &folder))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let step = name.strip_prefix("step-").and_then(|n| n.parse::<u64>().ok());
+        let step = name
+            .strip_prefix("step-")
+            .and_then(|n| n.parse::<u64>().ok());
         found.extend(step.map(|step| (step, path.clone())));
     }
     found.sort();
@@ -131,7 +133,11 @@ pub fn save(
     atomic_folder(&path, |dir| {
         let mut files = write_model(dir, units, mesh)?;
         files.extend(write_optimizer(dir, units, mesh)?);
-        files.push(write_file(dir, "config.toml", config.to_toml()?.as_bytes())?);
+        files.push(write_file(
+            dir,
+            "config.toml",
+            config.to_toml()?.as_bytes(),
+        )?);
         for (name, bytes) in small {
             files.push(write_file(dir, name, bytes)?);
         }
@@ -244,7 +250,10 @@ impl Checkpoint {
         let refuse = |problem: String| Err(TrainError::checkpoint(path, problem));
         let file = path.join("manifest.json");
         if !file.is_file() {
-            return refuse("has no manifest.json: name a folder such as <run>/checkpoints/step-00000100".into());
+            return refuse(
+                "has no manifest.json: name a folder such as <run>/checkpoints/step-00000100"
+                    .into(),
+            );
         }
         let json = std::fs::read(&file).map_err(TrainError::io("read", &file))?;
         let manifest: Manifest = match serde_json::from_slice(&json) {
@@ -271,7 +280,10 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn newest(run_dir: &Path) -> Result<Option<Self>, TrainError> {
-        list(run_dir)?.last().map(|path| Self::open(path)).transpose()
+        list(run_dir)?
+            .last()
+            .map(|path| Self::open(path))
+            .transpose()
     }
 
     /// Its folder.
@@ -397,7 +409,9 @@ fn verify(folder: &Path, entry: &FileEntry) -> Result<(), TrainError> {
     if hasher.finalize().to_hex().as_str() != entry.blake3 {
         return Err(TrainError::checkpoint(
             folder,
-            format!("{name} does not have the content it was written with: it is damaged, use an older checkpoint"),
+            format!(
+                "{name} does not have the content it was written with: it is damaged, use an older checkpoint"
+            ),
         ));
     }
     Ok(())
@@ -421,7 +435,8 @@ fn first_difference(
             let mut keys: Vec<&String> = a.keys().chain(b.keys()).collect();
             keys.sort();
             keys.into_iter().find_map(|name| {
-                let get = |map: &serde_json::Map<_, _>| map.get(name).cloned().unwrap_or(Value::Null);
+                let get =
+                    |map: &serde_json::Map<_, _>| map.get(name).cloned().unwrap_or(Value::Null);
                 first_difference(&format!("{key}.{name}"), &get(a), &get(b))
             })
         }

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ttt_data::{
-    BuildConfig, Dataset, Loader, ModelFiles, Progress, Sampler, Split, Tokenizer, build, train_tokenizer,
+    BuildConfig, Dataset, Loader, ModelFiles, Progress, Sampler, Split, Tokenizer, build,
+    train_tokenizer,
 };
 use ttt_parallel::Mesh;
 

@@ -299,7 +299,10 @@ fn tokenizer_files(
         (None, None) => vec![],
     };
     // Another tokenizer's settings and chat template do not fit this one.
-    match files.iter().any(|(name, bytes)| name == OWN && *bytes == own) {
+    match files
+        .iter()
+        .any(|(name, bytes)| name == OWN && *bytes == own)
+    {
         true => Ok(files),
         false => Ok(vec![(OWN.into(), own)]),
     }
