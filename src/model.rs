@@ -52,7 +52,7 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
             }
             None => {
                 show(prompt)?;
-                let ids = tokenizer.encode(prompt)?;
+                let ids = tokenizer.encode_prompt(prompt)?;
                 // Nothing to read is read as the end of an earlier document.
                 let empty = ids.is_empty().then(|| tokenizer.eos_id());
                 ids.into_iter().chain(empty).collect()

@@ -48,7 +48,7 @@ lr = 3e-3
 "#;
 
 /// One token per printable ASCII character and line feed, and the special tokens of ChatML: 99 ids,
-/// `more` beyond them.
+/// `more` beyond them. Texts begin with <|im_end|>, which stands for LLaMA's <|begin_of_text|>.
 fn tokenizer(more: usize) -> String {
     let characters = (' '..='~').chain(['\n']).map(String::from);
     let extra = (0..more).map(|i| format!("extra{i}"));
@@ -61,8 +61,13 @@ fn tokenizer(more: usize) -> String {
                 "rstrip": false, "normalized": false, "special": true})
         })
         .collect();
+    let begin = json!({"SpecialToken": {"id": "<|im_end|>", "type_id": 0}});
+    let text = |id: &str| json!({"Sequence": {"id": id, "type_id": 0}});
+    let begins = json!({"type": "TemplateProcessing", "single": [begin, text("A")],
+        "pair": [begin, text("A"), text("B")], "special_tokens": {"<|im_end|>":
+            {"id": "<|im_end|>", "ids": [98], "tokens": ["<|im_end|>"]}}});
     json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
-        "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+        "normalizer": null, "pre_tokenizer": null, "post_processor": begins,
         "decoder": {"type": "Fuse"},
         "model": {"type": "BPE", "dropout": null, "unk_token": null,
             "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
@@ -268,35 +273,42 @@ fn a_continued_model_answers() {
     let stopped = said(&["--prompt", short, "--stop", "@@", "--stop", stop]);
     assert_eq!(stopped, format!("{short}{before}\n"));
 
+    // A prompt begins as its tokenizer says; text to train on does not.
+    let mut opened = Opened::new(&run.path("run"), None).unwrap();
+    let begin = opened.tokenizer.token_to_id("<|im_end|>").unwrap();
+    let plain = opened.tokenizer.encode(short).unwrap();
+    assert_eq!(plain.len(), short.len());
+    let prompt: Vec<u32> = [begin].into_iter().chain(plain).collect();
+    assert_eq!(opened.tokenizer.encode_prompt(short).unwrap(), prompt);
+    assert_eq!(one, format!("{short}{}\n", greedy(&mut opened, prompt)));
+
     // A chat is the prompt that its template writes, special tokens as such.
     let chat = said(&["--chat", "--system", "Be brief.", "--prompt", "Why?"]);
-    let plain = said(&["--prompt", "Why?"]);
-    assert_ne!(plain, format!("Why?{chat}"));
-    let mut opened = Opened::new(&run.path("run"), None).unwrap();
     let text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n\
                 <|im_start|>assistant\n";
-    let mut ids = opened.tokenizer.encode_special(text).unwrap();
+    let ids = opened.tokenizer.encode_special(text).unwrap();
     assert_eq!(
         ids[0],
         opened.tokenizer.token_to_id("<|im_start|>").unwrap()
     );
+    assert_eq!(chat, format!("{}\n", greedy(&mut opened, ids)));
+}
+
+/// The most likely 24 tokens after `ids`.
+fn greedy(opened: &mut Opened, mut ids: Vec<u32>) -> String {
     let decoder = opened.decoder().unwrap();
     let mut session = decoder.session();
     let mut reply = vec![];
-    for _ in 0..24 {
+    while reply.len() < 24 {
         let logits = decoder.extend_last(&mut session, &ids);
         let logits = logits.into_data().try_into_vec::<f32>().unwrap();
-        let best = (0..logits.len())
-            .rev()
-            .max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
-        ids = vec![best.unwrap() as u32];
-        if ids[0] == opened.tokenizer.eos_id() {
+        let ascending = |&a: &usize, &b: &usize| logits[a].total_cmp(&logits[b]);
+        let best = (0..logits.len()).rev().max_by(ascending).unwrap() as u32;
+        if best == opened.tokenizer.eos_id() {
             break;
         }
-        reply.push(ids[0]);
+        reply.push(best);
+        ids = vec![best];
     }
-    assert_eq!(
-        chat,
-        format!("{}\n", opened.tokenizer.decode(&reply).unwrap())
-    );
+    opened.tokenizer.decode(&reply).unwrap()
 }

@@ -49,7 +49,7 @@ impl<'a> Generation<'a> {
         sampling: Sampling,
         stream: u64,
     ) -> Result<Self, TrainError> {
-        let mut ids = tokenizer.encode(prompt)?;
+        let mut ids = tokenizer.encode_prompt(prompt)?;
         if ids.is_empty() {
             ids.push(tokenizer.eos_id());
         }

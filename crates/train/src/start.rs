@@ -276,3 +276,55 @@ fn differences(base: &ModelConfig, model: &ModelConfig) -> Result<Vec<String>, C
     chosen("max_position_embeddings", positions(model), positions(base))?;
     Ok(notes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DeviceKind;
+    use crate::device;
+
+    /// The check passes on new TTT layers, and sees one that does something.
+    #[test]
+    fn layers_that_change_the_model_are_seen() {
+        let base = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/hf/qwen3");
+        let text = format!(
+            "run.dir = \"run\"\ndata.path = \"data\"\ninit.from = \"{base}\"\n\
+             train = {{ steps = 1, sequence_length = 40, batch_tokens = 40 }}\n\
+             optimizer.lr = 1.0\n\
+             model.ttt = {{ enabled = true, layers = [1], chunk = 16, target = \"hidden\" }}"
+        );
+        let mut config = Config::parse(&text, "test".as_ref(), &[]).unwrap();
+        let base = BaseModel::open(&mut config).unwrap().unwrap();
+        let (mesh, device) = (Mesh::single(), device::open(DeviceKind::Cpu).unwrap());
+        let mut model = Model {
+            config: config.model.clone(),
+            units: base.units(&config, &mesh, &device).unwrap(),
+            compute: DType::F32,
+            device,
+        };
+        let row = Row {
+            input_ids: (0..40).map(|i| i * 7 % 101).collect(),
+            labels: vec![0; 40],
+            document_starts: vec![0],
+        };
+        assert!(base.check_unchanged(&mut model, &row, &mesh, true).unwrap());
+
+        let block = &mut model.units[2];
+        let conv = block
+            .layout
+            .specs
+            .iter()
+            .position(|spec| spec.name.ends_with("ttt_conv.weight"));
+        let range = block.layout.range(conv.unwrap());
+        let values = block.master.clone().slice([range.clone()]).add_scalar(0.1);
+        let master = block.master.clone().slice_assign([range], values);
+        block.update(master, block.moments.clone());
+        for exact in [true, false] {
+            let refused = base.check_unchanged(&mut model, &row, &mesh, exact);
+            assert!(
+                matches!(refused, Err(TrainError::NotTheBaseModel { .. })),
+                "{refused:?}"
+            );
+        }
+    }
+}

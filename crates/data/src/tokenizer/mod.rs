@@ -139,6 +139,16 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Ids of a prompt: those of [`Tokenizer::encode`], with the beginning-of-text token where the tokenizer's file says
+    /// that texts have one, as LLaMA's does.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        let encoding = self
+            .inner
+            .encode_fast(text, true)
+            .map_err(|error| DataError::Tokenizer(error.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
     /// Ids of `text` in which special tokens are what their names say: for text that a chat template made, whose
     /// special tokens are meant. A user's text that spells one becomes one too, as in other programs.
     pub fn encode_special(&self, text: &str) -> Result<Vec<u32>, DataError> {
