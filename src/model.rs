@@ -118,7 +118,11 @@ pub fn export(args: &ExportArgs) -> anyhow::Result<()> {
 
 pub fn import(args: &ImportArgs) -> anyhow::Result<()> {
     import_folder(&args.dir, &args.out)?;
-    println!("{}: a checkpoint of {}", args.out.display(), args.dir.display());
+    println!(
+        "{}: a checkpoint of {}",
+        args.out.display(),
+        args.dir.display()
+    );
     Ok(())
 }
 

@@ -184,6 +184,28 @@ fn a_run_says_where_it_came_from() {
     let saved = fs::read_to_string(run.newest().join("config.toml")).unwrap();
     assert!(saved.contains("yarn"), "{saved}");
 
+    // Another tokenizer than the model's is taken where it is named, and not in silence.
+    let told = |args: &[&str]| {
+        let output = run.train(args);
+        let text = stderr(&output) + &well(output);
+        text.contains("another tokenizer")
+    };
+    fs::write(run.path("other.json"), tokenizer(0) + "\n").unwrap();
+    let other = [
+        "data.path=other",
+        "data.tokenizer=other.json",
+        "run.dir=other-run",
+        "train.steps=1",
+    ];
+    let other: Vec<&str> = other.iter().flat_map(|set| ["--set", set]).collect();
+    assert!(told(&other));
+    assert!(!told(&[
+        "--set",
+        "run.dir=own-run",
+        "--set",
+        "train.steps=1"
+    ]));
+
     let commit = "0123456789abcdef0123456789abcdef01234567";
     let repository = run.path("cache/models--owner--tiny");
     let snapshot = repository.join("snapshots").join(commit);

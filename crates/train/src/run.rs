@@ -131,6 +131,15 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
         for note in &base.notes {
             report.progress.note(note);
         }
+        let own = |files: &[(String, Vec<u8>)]| {
+            let file = files.iter().find(|(name, _)| name == TOKENIZER);
+            file.map(|(_, bytes)| bytes.clone())
+        };
+        let models = own(&base.small_files()?);
+        if models.is_some() && models != own(&tokenizer_files) {
+            let note = "the text is tokenized by another tokenizer than the one of [init]";
+            report.progress.note(note);
+        }
         let row = data.sampler.row(0)?;
         let exact = config.run.device == DeviceKind::Cpu;
         if base.check_unchanged(&mut model, &row, &mesh, exact)? {
@@ -283,6 +292,8 @@ fn find_start(
     Ok(found)
 }
 
+const TOKENIZER: &str = "tokenizer.json";
+
 /// What a checkpoint keeps of the tokenizer: the shards' own, and the other files that came with it
 /// where the run began.
 fn tokenizer_files(
@@ -290,7 +301,6 @@ fn tokenizer_files(
     start: &Option<Checkpoint>,
     base: &Option<BaseModel>,
 ) -> Result<Vec<(String, Vec<u8>)>, TrainError> {
-    const OWN: &str = "tokenizer.json";
     let path = &data.tokenizer_path;
     let own = std::fs::read(path).map_err(TrainError::io("read", path))?;
     let files = match (start, base) {
@@ -301,10 +311,10 @@ fn tokenizer_files(
     // Another tokenizer's settings and chat template do not fit this one.
     match files
         .iter()
-        .any(|(name, bytes)| name == OWN && *bytes == own)
+        .any(|(name, bytes)| name == TOKENIZER && *bytes == own)
     {
         true => Ok(files),
-        false => Ok(vec![(OWN.into(), own)]),
+        false => Ok(vec![(TOKENIZER.into(), own)]),
     }
 }
 

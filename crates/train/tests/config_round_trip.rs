@@ -7,8 +7,9 @@ use proptest::option;
 use proptest::prelude::*;
 use ttt_model::{LayerType, ModelConfig, ModelType, RopeScaling, Target, TttConfig};
 use ttt_train::config::{
-    Activations, CheckpointConfig, Config, DataConfig, DeviceKind, EvalConfig, InitConfig, LrOverride,
-    OnBadGradient, OptimizerConfig, Precision, RunConfig, ScheduleKind, SourceConfig, TrainConfig,
+    Activations, CheckpointConfig, Config, DataConfig, DeviceKind, EvalConfig, InitConfig,
+    LrOverride, OnBadGradient, OptimizerConfig, Precision, RunConfig, ScheduleKind, SourceConfig,
+    TrainConfig,
 };
 
 const QUICKSTART: &str = include_str!("../../../configs/quickstart.toml");

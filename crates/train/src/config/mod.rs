@@ -17,8 +17,8 @@ use ttt_model::ModelConfig;
 
 pub use error::{ConfigError, Place};
 pub use sections::{
-    Activations, CheckpointConfig, DataConfig, DeviceKind, EvalConfig, InitConfig, LrOverride, OnBadGradient,
-    OptimizerConfig, Precision, RunConfig, ScheduleKind, SourceConfig, TrainConfig,
+    Activations, CheckpointConfig, DataConfig, DeviceKind, EvalConfig, InitConfig, LrOverride,
+    OnBadGradient, OptimizerConfig, Precision, RunConfig, ScheduleKind, SourceConfig, TrainConfig,
 };
 
 /// A training run.

@@ -70,7 +70,13 @@ impl<'a> Source<'a> {
         });
         let sets = sets.collect();
         let (end, base) = (base, None);
-        Self { text, path, sets, end, base }
+        Self {
+            text,
+            path,
+            sets,
+            end,
+            base,
+        }
     }
 
     fn place(&self, span: Option<Range<usize>>) -> Place {

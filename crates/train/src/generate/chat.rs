@@ -126,8 +126,8 @@ impl ChatTemplate {
 /// The template that a JSON file holds: a text, or several with names.
 fn template_of(json: &serde_json::Value) -> Option<String> {
     let template = &json["chat_template"];
-    let several = template.as_array().into_iter().flatten();
-    let default = several.filter(|one| one["name"] == "default").next_back();
+    let mut several = template.as_array().into_iter().flatten();
+    let default = several.find(|one| one["name"] == "default");
     let text = template.as_str().or_else(|| default?["template"].as_str());
     text.map(ToString::to_string)
 }
