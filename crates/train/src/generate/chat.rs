@@ -6,11 +6,14 @@
 //! `{% generation %}` block, and the clock (`strftime_now` is undefined, as before transformers
 //! 4.49, so templates that ask whether it is take their fixed date).
 
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use minijinja::value::Value;
+use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind, context};
 use serde::Serialize;
+use serde_json::Serializer;
+use serde_json::ser::{Formatter, PrettyFormatter};
 
 /// Steps that a template may take; those of real models take a few thousand.
 const FUEL: u64 = 1 << 20;
@@ -106,6 +109,7 @@ impl ChatTemplate {
                 Err(Error::new(ErrorKind::InvalidOperation, problem))
             },
         );
+        environment.add_filter("tojson", to_json);
         let special = Value::from_serialize(&self.special);
         let rendered = environment
             .template_from_str(&self.source)
@@ -120,6 +124,43 @@ impl ChatTemplate {
             path: self.path.clone(),
             problem: format!("the chat template cannot be rendered: {error}"),
         })
+    }
+}
+
+/// `tojson` as transformers has it: Python's `json.dumps`, which writes a space after commas and
+/// colons and, unlike Jinja's own, leaves `<` and `>` alone.
+fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    options.assert_all_used()?;
+    let mut out = vec![];
+    let written = match indent {
+        None => value.serialize(&mut Serializer::with_formatter(&mut out, Python)),
+        Some(width) => {
+            let spaces = " ".repeat(width.min(16));
+            let pretty = PrettyFormatter::with_indent(spaces.as_bytes());
+            value.serialize(&mut Serializer::with_formatter(&mut out, pretty))
+        }
+    };
+    let refuse = |problem: String| Error::new(ErrorKind::BadSerialization, problem);
+    written.map_err(|error| refuse(error.to_string()))?;
+    let text = String::from_utf8(out).map_err(|error| refuse(error.to_string()))?;
+    Ok(Value::from(text))
+}
+
+/// JSON on one line with Python's spaces.
+struct Python;
+
+impl Formatter for Python {
+    fn begin_array_value<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+        out.write_all(if first { b"" } else { b", " })
+    }
+
+    fn begin_object_key<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+        self.begin_array_value(out, first)
+    }
+
+    fn begin_object_value<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+        out.write_all(b": ")
     }
 }
 
@@ -208,6 +249,50 @@ mod tests {
         assert_eq!(
             render(llama, &[message("user", " hi ")]).unwrap(),
             "<s>[USER 26 Jul 2024] hi</s>\n"
+        );
+    }
+
+    /// What the templates of reasoning models do to find the last question.
+    #[test]
+    fn templates_may_walk_backwards_and_keep_state() {
+        let template = r#"
+{%- set ns = namespace(open=true, last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.open and message.role == "user" and message.content is string and not(message.content.startswith('<tool') and message.content.endswith('>')) %}
+        {%- set ns.open = false %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.reasoning_content is string %}{{ 'never' }}{% endif %}
+    {%- if loop.index0 > ns.last or (loop.last and message.role != 'assistant') %}
+        {{- '!' }}
+    {%- endif %}
+    {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+    {{- message.role[0] ~ ':' ~ content|tojson ~ '\n' }}
+{%- endfor %}"#;
+        let messages = [
+            message("user", "one"),
+            message("assistant", "<think>\nhm\n</think>\n\ntwo \"2\""),
+            message("user", "three"),
+            message("user", "<tool x>"),
+        ];
+        assert_eq!(
+            render(template, &messages).unwrap(),
+            "u:\"one\"\na:\"two \\\"2\\\"\"\nu:\"three\"\n!u:\"<tool x>\"\n"
+        );
+    }
+
+    #[test]
+    fn json_is_pythons() {
+        let rendered = |template: &str| render(template, &[message("user", "<é>")]).unwrap();
+        let list = "[{\"role\": \"user\", \"content\": \"<é>\"}]";
+        assert_eq!(rendered("{{ messages | tojson }}"), list);
+        assert_eq!(rendered("{{ [1, 2.5, none] | tojson }}"), "[1, 2.5, null]");
+        assert_eq!(
+            rendered("{{ {'a': [1]} | tojson(indent=2) }}"),
+            "{\n  \"a\": [\n    1\n  ]\n}"
         );
     }
 
