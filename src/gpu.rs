@@ -15,7 +15,7 @@ use ttt_train::config::{Activations, Config, DeviceKind};
 use ttt_train::device;
 use ttt_train::metrics::peak_flops;
 use ttt_train::optimizer::{Updater, scalar};
-use ttt_train::step::{MicroBatch, Model};
+use ttt_train::step::{MicroBatch, Model, RopeCache};
 use ttt_train::units::UnitState;
 
 use crate::args::BenchArgs;
@@ -136,6 +136,7 @@ impl Run {
             units: units(&config, &mesh, device)?,
             compute: device::compute_dtype(DeviceKind::Cuda, None),
             device: device.clone(),
+            rope: RopeCache::default(),
         };
         let on_bad = config.train.on_bad_gradient;
         let mut updater = Updater::new(&config.optimizer, on_bad, None, 0.0, device);

@@ -89,7 +89,7 @@ fn random<const D: usize>(shape: [usize; D], scale: f64, device: &Device) -> Ten
 fn probe<const D: usize>(x: Tensor<D>) -> Tensor<1> {
     let count = x.dims().iter().product::<usize>();
     let flat: Tensor<1> = x.reshape([count]);
-    flat.slice([count - 8..count])
+    flat.narrow(0, count - 8, 8)
 }
 
 /// Measures every row on `device`, a plain (not autodiff) one.
@@ -208,11 +208,11 @@ pub fn micro(device: &Device, mut report: impl FnMut(&Row)) {
     elementwise(device, &mut row);
 }
 
+/// Takes a row's name, its work and what does it.
+type Rows<'a> = dyn FnMut(&'static str, Work, &mut dyn FnMut() -> Tensor<1>) + 'a;
+
 /// Operations that only move memory.
-fn elementwise(
-    device: &Device,
-    row: &mut dyn FnMut(&'static str, Work, &mut dyn FnMut() -> Tensor<1>),
-) {
+fn elementwise(device: &Device, row: &mut Rows<'_>) {
     let wide: Tensor<2> = random([TOKENS, INTERMEDIATE], 1.0, device);
     let x: Tensor<2> = random([TOKENS, HIDDEN], 1.0, device);
     let gain: Tensor<1> = random([HIDDEN], 1.0, device);

@@ -145,7 +145,7 @@ where
     F: Function<N>,
     DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B>>,
 {
-    let tracked = inputs.map(|v| unwrap::<Autodiff<B>>(v));
+    let tracked = inputs.map(unwrap::<Autodiff<B>>);
     let nodes = tracked.each_ref().map(|t| t.node());
     let done = function.forward(tracked.map(|t| wrap::<B>(t.into_primitive())));
     let output = unwrap::<B>(done.output);

@@ -88,7 +88,7 @@ impl Packing {
     }
 
     /// The pieces of row `row` on the absolute chunk grid: chunk(p) = ⌊p / `chunk`⌋, cut again where
-    /// documents begin (in-place-ttt, section 4).
+    /// documents begin (docs/in-place-ttt.md, section 4).
     ///
     /// # Panics
     /// If `chunk` is 0.

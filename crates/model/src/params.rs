@@ -60,7 +60,7 @@ pub struct ParamSpec {
     /// What it counts as.
     pub group: ParamGroup,
     /// Whether the maths needs it in master precision even where the rest computes in bf16: the
-    /// weight that small fast updates are added to (in-place-ttt, section 6).
+    /// weight that small fast updates are added to (docs/in-place-ttt.md, section 6).
     pub master_precision: bool,
 }
 

@@ -58,7 +58,7 @@ impl Ttt {
             None => shift_targets(source, packing, chunk),
         };
         match &self.projection {
-            // linear() computes x Wᵀ; W_t is used untransposed (in-place-ttt, section 1).
+            // linear() computes x Wᵀ; W_t is used untransposed (docs/in-place-ttt.md, section 1).
             Some(weight) => linear(mixed, weight.clone().transpose()),
             None => mixed,
         }

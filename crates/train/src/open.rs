@@ -13,7 +13,7 @@ use crate::config::{Config, DeviceKind};
 use crate::device;
 use crate::error::TrainError;
 use crate::evaluate::{Evaluation, evaluate};
-use crate::step::Model;
+use crate::step::{Model, RopeCache};
 
 /// The model of a checkpoint, on a device.
 #[derive(Debug)]
@@ -58,6 +58,7 @@ impl Opened {
                 units,
                 compute: device::compute_dtype(kind, config.train.compute),
                 device,
+                rope: RopeCache::default(),
             },
             tokenizer: Tokenizer::load(&checkpoint.path().join("tokenizer.json"))?,
             path: checkpoint.path().to_path_buf(),

@@ -25,7 +25,7 @@ use crate::progress::Progress;
 use crate::schedule::learning_rate;
 use crate::signals::Signals;
 use crate::start::{BaseModel, read_small_files};
-use crate::step::{MicroBatch, Model};
+use crate::step::{MicroBatch, Model, RopeCache};
 use crate::units::UnitState;
 
 /// Where a run begins.
@@ -99,6 +99,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
         units,
         compute,
         device: device.clone(),
+        rope: RopeCache::default(),
     };
     let mut updater = Updater::new(
         &config.optimizer,
@@ -118,7 +119,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
         on_bad: config.train.on_bad_gradient,
         log_every: config.train.log_every,
         begun: Instant::now(),
-        last_read: Instant::now(),
+        pace: Pace::new(),
         waiting: None,
     };
     if let Some(checkpoint) = &start {
@@ -231,6 +232,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
             report.flush()?;
             let path = save(&model, &updater, &mut at)?;
             report.progress.note(&format!("saved {}", path.display()));
+            report.pace.restart();
         }
     }
     report.flush()?;
@@ -355,12 +357,47 @@ struct Report {
     on_bad: OnBadGradient,
     log_every: u64,
     begun: Instant,
-    last_read: Instant,
+    pace: Pace,
     waiting: Option<Launched>,
+}
+
+/// How long steps take. The device works in order, so reading the results of one step waits for
+/// every step launched by then: the time between two reads is that of the steps launched between.
+struct Pace {
+    last_read: Instant,
+    launched: u32,
+    step_seconds: f64,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self {
+            last_read: Instant::now(),
+            launched: 0,
+            step_seconds: f64::NAN,
+        }
+    }
+
+    /// Seconds per step, after a read; where nothing was launched since the last, as before.
+    fn read(&mut self) -> f64 {
+        if self.launched > 0 {
+            let seconds = self.last_read.elapsed().as_secs_f64();
+            self.step_seconds = seconds / f64::from(self.launched);
+        }
+        self.restart();
+        self.step_seconds
+    }
+
+    /// What was done since the last read is no step's time.
+    fn restart(&mut self) {
+        self.last_read = Instant::now();
+        self.launched = 0;
+    }
 }
 
 impl Report {
     fn step(&mut self, launched: Launched) -> Result<(), TrainError> {
+        self.pace.launched += 1;
         let before = self.waiting.replace(launched);
         before.map_or(Ok(()), |launched| self.read(launched))
     }
@@ -379,10 +416,7 @@ impl Report {
         for (layer, ratio) in &launched.state_ratios {
             ttt_state_ratio.insert(*layer, read_scalar(ratio)?);
         }
-        let now = Instant::now();
-        let seconds = now.duration_since(self.last_read).as_secs_f64();
-        self.last_read = now;
-        let tokens_per_s = launched.tokens_per_step as f64 / seconds;
+        let tokens_per_s = launched.tokens_per_step as f64 / self.pace.read();
         let flops = &self.plan.flops;
         let share = |flops: f64| self.peak_flops.map(|peak| tokens_per_s * flops / peak);
         let metrics = StepMetrics {
@@ -421,8 +455,7 @@ impl Report {
         self.progress.note(&format!(
             "step {step}: validation loss {loss:.4} over {tokens} tokens"
         ));
-        // What an evaluation takes is not the next step's time.
-        self.last_read = Instant::now();
+        self.pace.restart();
         Ok(())
     }
 }

@@ -301,6 +301,7 @@ mod tests {
             units: base.units(&config, &mesh, &device).unwrap(),
             compute: DType::F32,
             device,
+            rope: crate::step::RopeCache::default(),
         };
         let row = Row {
             input_ids: (0..40).map(|i| i * 7 % 101).collect(),

@@ -9,6 +9,7 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use ttt_data::{IGNORE, Row};
 use ttt_kernels::{Packing, backward_from};
+use ttt_model::rope::RopeTable;
 use ttt_model::{Batch, Block, Embedding, Head, ModelConfig, Params, Target, Unit};
 use ttt_parallel::{CommError, Mesh};
 
@@ -27,7 +28,13 @@ pub struct Model {
     pub compute: DType,
     /// The plain device, without autodiff.
     pub device: Device,
+    /// RoPE tables, made once per row length.
+    pub rope: RopeCache,
 }
+
+/// The RoPE tables of the latest row length: the host makes them, too slowly for every batch.
+#[derive(Debug, Default)]
+pub struct RopeCache(Option<(usize, RopeTable)>);
 
 /// Rows on the device.
 #[derive(Debug)]
@@ -89,10 +96,24 @@ struct BlockGraph {
 /// What waits for the backward pass.
 enum Kept {
     Graph(Box<BlockGraph>),
-    Input(Tensor<3>),
+    Input(Box<Tensor<3>>),
 }
 
 impl Model {
+    fn batch(&mut self, packing: &Packing, clip: Option<f64>) -> Batch {
+        let length = packing.length();
+        let rope = match self.rope.0.take() {
+            Some((of, rope)) if of == length => rope,
+            _ => RopeTable::new(&self.config, 0..length, &self.device),
+        };
+        self.rope.0 = Some((length, rope.clone()));
+        Batch {
+            packing: packing.clone(),
+            rope,
+            clip,
+        }
+    }
+
     /// The units that are not blocks come first and last.
     fn unit(&mut self, unit: Unit) -> &mut UnitState {
         let last = self.units.len() - 1;
@@ -124,7 +145,7 @@ impl Model {
         mesh: &Mesh,
     ) -> Result<PassOutput, TrainError> {
         let config = self.config.clone();
-        let batch = Batch::training(&config, micro.packing.clone(), &self.device);
+        let batch = self.batch(&micro.packing, None);
         let layers = 0..config.num_hidden_layers;
 
         let embedding_params = self.params(Unit::Embedding, mesh)?.tracked();
@@ -145,7 +166,7 @@ impl Model {
                     ratio
                 }
                 Activations::Recompute => {
-                    kept.push(Kept::Input(x.clone()));
+                    kept.push(Kept::Input(Box::new(x.clone())));
                     let block = Block::new(&config, layer, &params);
                     let out = block.forward(x, embeddings.clone(), &batch);
                     x = out.output;
@@ -163,7 +184,7 @@ impl Model {
                 Kept::Graph(graph) => *graph,
                 Kept::Input(x) => {
                     let params = self.params(Unit::Block(layer), mesh)?;
-                    block_graph(&config, layer, params, x, &embeddings, &batch)
+                    block_graph(&config, layer, params, *x, &embeddings, &batch)
                 }
             };
             let mut gradients = backward_from(graph.output, dx);
@@ -227,7 +248,7 @@ impl Model {
         mesh: &Mesh,
     ) -> Result<Tensor<1>, TrainError> {
         let config = self.config.clone();
-        let batch = Batch::inference(&config, micro.packing.clone(), &self.device);
+        let batch = self.batch(&micro.packing, config.ttt.clip);
         let embedding = Embedding::new(&self.params(Unit::Embedding, mesh)?);
         let embeddings = embedding.forward(micro.ids.clone(), self.compute);
         let mut x = embeddings.clone();

@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn a_skipped_step_leaves_everything_even_with_nan() {
-        let (master, moments) = start();
+        let (master, _) = start();
         let moments = Moments {
             first: random(3),
             second: random(4).square(),

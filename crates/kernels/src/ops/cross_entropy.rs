@@ -11,7 +11,7 @@ const LOGITS: usize = 1 << 25;
 /// Label of a token that has no target.
 pub const IGNORE: i64 = -1;
 
-/// Σ over tokens with a label of `scale` · (−log softmax(h Wᵀ)[label]), f32 `[1]`: h `[T, D]`,
+/// Σ over tokens with a label of `scale` · (−log softmax(h Wᵀ)\[label\]), f32 `[1]`: h `[T, D]`,
 /// weight `[V, D]`, labels `[T]` with [`IGNORE`] where there is no target.
 ///
 /// Both gradients are formed in the forward pass, a slice of tokens at a time, so the logits of one
@@ -29,7 +29,7 @@ pub fn linear_cross_entropy(
     .tensor()
 }
 
-/// −log softmax(h Wᵀ)[label] of each token, 0 where there is no label: `[T]` f32. No gradient.
+/// −log softmax(h Wᵀ)\[label\] of each token, 0 where there is no label: `[T]` f32. No gradient.
 pub fn token_losses(h: Tensor<2>, weight: Tensor<2>, labels: Tensor<1, Int>) -> Tensor<1> {
     let (h, weight) = (h.inner(), weight.inner());
     #[cfg(feature = "cuda")]

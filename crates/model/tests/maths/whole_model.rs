@@ -76,7 +76,7 @@ impl WholeModel {
     fn mean_loss(&self, ids: &Tensor<2, Int>, packing: &Packing) -> Tensor<1> {
         let [rows, tokens] = ids.dims();
         let all: Vec<i64> = ids.to_data().convert::<i64>().try_into_vec().unwrap();
-        let next = |i: usize| ((i + 1) % tokens != 0).then(|| all[i + 1] as u32);
+        let next = |i: usize| (!(i + 1).is_multiple_of(tokens)).then(|| all[i + 1] as u32);
         let next: Vec<Option<u32>> = (0..rows * tokens).map(next).collect();
         let scale = 1.0 / (rows * (tokens - 1)) as f64;
         let labels = labels(&next, &Device::flex());

@@ -52,7 +52,11 @@ pub fn import(dir: &Path, out: &Path) -> Result<(), TrainError> {
 /// training it (in-place-ttt, continual recipe). Data is for its user to name.
 fn starting_point(model: ModelConfig, out: &Path) -> Result<Config, TrainError> {
     // Rows must be longer than a chunk for the chunk's update to be read.
-    let chunk = if model.ttt.enabled { model.ttt.chunk } else { 0 };
+    let chunk = if model.ttt.enabled {
+        model.ttt.chunk
+    } else {
+        0
+    };
     let row = model.max_position_embeddings.min(8192.max(2 * chunk));
     let section = toml::to_string(&ModelSection { model: &model });
     let section = section.map_err(|error| ConfigError::Write(error.to_string()))?;

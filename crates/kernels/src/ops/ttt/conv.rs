@@ -10,7 +10,7 @@ use crate::packing::Packing;
 /// document and chunk: x `[B, N, D]`, weight `[D, 1, K]` (K odd) → `[B, N, D]`.
 ///
 /// Cut at chunk edges, because a tap that reaches into the next chunk would put a token's own label
-/// into the weight that predicts it (in-place-ttt, section 3).
+/// into the weight that predicts it (docs/in-place-ttt.md, section 3).
 pub fn chunk_conv(x: Tensor<3>, weight: Tensor<3>, packing: &Packing, chunk: usize) -> Tensor<3> {
     let conv = ChunkConv {
         packing: packing.clone(),

@@ -7,7 +7,7 @@ use burn::tensor::{Tensor, TensorData};
 use super::scan::ScanSpec;
 
 /// Block-causal linear attention: `O = Z W0ᵀ + η ((Z Zᵀ) ∘ M) V`, with M[p, q] = 1 iff q is in an
-/// earlier chunk of p's document (in-place-ttt, section 5, attention view).
+/// earlier chunk of p's document (docs/in-place-ttt.md, section 5, attention view).
 pub fn masked_attention(z: Tensor<3>, v: Tensor<3>, w0: Tensor<2>, spec: &ScanSpec) -> Tensor<3> {
     let [rows, length, _] = z.dims();
     let mut mask = vec![0f64; rows * length * length];

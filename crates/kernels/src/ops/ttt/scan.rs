@@ -1,4 +1,4 @@
-//! The running-state scan and its reversible backward (in-place-ttt, section 5).
+//! The running-state scan and its reversible backward (docs/in-place-ttt.md, section 5).
 
 use burn::tensor::Tensor;
 
@@ -13,7 +13,7 @@ pub struct ScanSpec {
     pub lr: f64,
     /// Tokens per chunk.
     pub chunk: usize,
-    /// Largest Frobenius norm of one chunk's update, before η ([P] appendix D.2). Inference only:
+    /// Largest Frobenius norm of one chunk's update, before η (the paper, appendix D.2). Inference only:
     /// the backward pass does not know it.
     pub clip: Option<f64>,
     /// The documents of the rows.
@@ -183,7 +183,9 @@ impl Function<3> for FastWeightScan {
     /// dOᵀZ over the later chunks: dZ = dO W + η V G, dV = η Z Gᵀ, and S −= VᵀZ before a chunk
     /// that was added is differentiated.
     fn backward(self, saved: Saved, grad: Value, _: [bool; 3]) -> [Option<Value>; 3] {
-        let Saved { z, v, w0, mut last } = saved;
+        let Saved { z, v, w0, last } = saved;
+        #[cfg(feature = "cuda")]
+        let mut last = last;
         let dy = grad.tensor::<3>();
         let (lr, dtype) = (self.spec.lr, z.dtype());
         #[cfg(feature = "cuda")]
@@ -199,8 +201,7 @@ impl Function<3> for FastWeightScan {
             }
         }
         let (mut dzs, mut dvs) = (vec![], vec![]);
-        for row in 0..z.dims()[0] {
-            let mut state = last[row].take();
+        for (row, mut state) in last.into_iter().enumerate() {
             let mut later: Option<Tensor<2>> = None; // G
             let (mut row_dz, mut row_dv) = (vec![], vec![]);
             for piece in self.pieces(row).into_iter().rev() {
