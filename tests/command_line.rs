@@ -1,6 +1,5 @@
 //! The binary as a user meets it when something is wrong: one sentence, exit code 2, no backtrace.
 
-use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 fn ttt(args: &[&str]) -> Command {
@@ -119,7 +118,7 @@ fn a_gpu_is_asked_for_in_vain() {
     ]);
     assert!(stderr.contains("--features cuda"), "{stderr}");
     assert!(
-        !Path::new(&dir.path().join("run/data")).exists(),
+        !dir.path().join("run/data").exists(),
         "refused before any work"
     );
 }

@@ -22,6 +22,7 @@ fn target(buffer: &Buffer) -> Buffer {
 
 /// See [`crate::ops::adamw::adamw_step`]. In place where the caller gave its only copies.
 #[allow(clippy::too_many_arguments)] // the operands of one formula
+#[allow(clippy::result_large_err)] // what cannot be done here goes back by value, not cloned
 pub fn step(
     master: Tensor<1>,
     moments: Moments,

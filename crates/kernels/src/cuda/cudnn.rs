@@ -22,10 +22,8 @@ fn check(status: sys::cudnnStatus_t, what: &str) -> Result<(), String> {
 fn create(kind: Type) -> Result<Raw, String> {
     let mut raw: Raw = std::ptr::null_mut();
     // SAFETY: writes one pointer.
-    check(
-        unsafe { sys::cudnnBackendCreateDescriptor(kind, &mut raw) },
-        "descriptor",
-    )?;
+    let status = unsafe { sys::cudnnBackendCreateDescriptor(kind, &mut raw) };
+    check(status, "descriptor")?;
     Ok(raw)
 }
 
