@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 
 use ttt_data::{Dataset, Split};
 
-/// `configs/quickstart.toml` for 70 of its steps in `dir`.
+/// `configs/quickstart.toml` cut to 110 steps in `dir`.
 fn train(dir: &Path, more: &[&str]) -> Output {
     let set = |key: &str, name: &str| format!("{key}={}", dir.join(name).display());
     Command::new(env!("CARGO_BIN_EXE_ttt"))
@@ -16,7 +16,7 @@ fn train(dir: &Path, more: &[&str]) -> Output {
             "train",
             "configs/quickstart.toml",
             "--set",
-            "train.steps=70",
+            "train.steps=110",
         ])
         .args([
             "--set",
@@ -52,9 +52,9 @@ fn quickstart_beats_token_frequencies_with_and_without_fast_weights() {
                 let shards = Dataset::open(&dir.path().join("shards"), Split::Validation);
                 let frequencies = shards.expect("shards").unigram_entropy().expect("tokens");
                 let loss = validation_loss(dir.path());
-                // A third of the run: 0.4 nats below what frequencies give; the whole reaches 1.2.
+                // Half of the run; the whole of it ends 1.2 nats below what frequencies give.
                 assert!(
-                    loss < frequencies - 0.3,
+                    loss < frequencies - 0.4,
                     "{more:?}: {loss} against {frequencies}"
                 );
                 let printed = String::from_utf8_lossy(&output.stderr).into_owned();
