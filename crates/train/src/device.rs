@@ -29,26 +29,25 @@ fn open_cuda() -> Result<Device, TrainError> {
 
 #[cfg(feature = "cuda")]
 fn open_cuda() -> Result<Device, TrainError> {
-    // The driver is loaded when the first tensor is made, and panics where it is missing.
-    let opened = std::panic::catch_unwind(|| {
-        let device = Device::cuda(0);
-        let one = Tensor::<1>::ones([1], &device).try_into_data();
-        one.map(|_| device).map_err(|error| error.to_string())
-    });
-    let problem = match opened {
-        Ok(Ok(device)) => return Ok(device),
-        Ok(Err(error)) => error,
-        Err(panic) => panic
-            .downcast_ref::<String>()
-            .cloned()
-            .unwrap_or_else(|| "the CUDA driver could not be loaded".into()),
-    };
-    Err(TrainError::Device {
+    let refuse = |problem: &str| TrainError::Device {
         device: "cuda",
         problem: format!(
-            "no usable NVIDIA GPU ({problem}): check `nvidia-smi`, or set run.device = \"cpu\""
+            "no usable NVIDIA GPU ({problem}): see `ttt doctor`, or set run.device = \"cpu\""
         ),
-    })
+    };
+    // Asked before the first tensor is made: making one panics where there is no driver.
+    let findings = ttt_kernels::doctor::system();
+    if let Some(missing) = findings
+        .iter()
+        .find(|f| f.what.starts_with("GPU") && !f.fine)
+    {
+        return Err(refuse(&missing.answer));
+    }
+    let device = Device::cuda(0);
+    match Tensor::<1>::ones([1], &device).try_into_data() {
+        Ok(_) => Ok(device),
+        Err(error) => Err(refuse(&error.to_string())),
+    }
 }
 
 /// The precision that activations are computed in, by default f32 on a CPU and bf16 on a GPU.
