@@ -139,7 +139,7 @@ impl Run {
             rope: RopeCache::default(),
         };
         let on_bad = config.train.on_bad_gradient;
-        let mut updater = Updater::new(&config.optimizer, on_bad, None, 0.0, device);
+        let mut updater = Updater::new(&config.optimizer, on_bad, None, model.compute, 0.0, device);
 
         // One fixed batch of random tokens: the loss must start near ln V and fall.
         let mut state = 1u64;

@@ -29,6 +29,8 @@ pub struct Updater {
     overrides: Vec<(Pattern, f64)>,
     on_bad: OnBadGradient,
     spike_factor: Option<f64>,
+    /// Precision that the model computes in.
+    compute: DType,
     /// Running mean of the gradient norm over good steps: `[1]` f32; 0 before the first.
     pub mean_norm: Tensor<1>,
     /// 1, or 0 for ever once a step was bad under `abort`: `[1]` f32.
@@ -45,11 +47,13 @@ pub struct UpdateOutput {
 }
 
 impl Updater {
-    /// An updater whose running norm is `mean_norm` (0 for a new run).
+    /// An updater of a model that computes in `compute`, whose running norm is `mean_norm` (0 for a new
+    /// run).
     pub fn new(
         config: &OptimizerConfig,
         on_bad: OnBadGradient,
         spike_factor: Option<f64>,
+        compute: DType,
         mean_norm: f32,
         device: &Device,
     ) -> Self {
@@ -74,6 +78,7 @@ impl Updater {
                 .collect(),
             on_bad,
             spike_factor,
+            compute,
             mean_norm: scalar(f64::from(mean_norm), device),
             running: scalar(1.0, device),
         }
@@ -144,41 +149,56 @@ impl Updater {
         (scale, good): (&Tensor<1>, &Tensor<1>),
         rank: usize,
     ) {
-        let decayed = unit.layout.decayed(rank);
+        let decayed = unit.layout.decayed(rank).end;
+        let stretches = self.stretches(unit, rank);
+        let (master, moments) = unit.take();
+        let step = |master: Tensor<1>, moments, range: &Range<usize>, lr_scale: f64, copied| {
+            adamw_step(
+                master,
+                moments,
+                cut(&gradient, range),
+                0..decayed.clamp(range.start, range.end) - range.start,
+                lr * lr_scale,
+                step + 1,
+                scale.clone(),
+                good.clone(),
+                &self.hyper,
+                copied,
+            )
+        };
+        // The common case hands over the only references, which are then written in place.
+        if let [(range, lr_scale)] = &stretches[..]
+            && *lr_scale != 0.0
+        {
+            let copied = self.compute == DType::BF16;
+            let (master, moments, copy) = step(master, moments, range, *lr_scale, copied);
+            unit.update(master, moments, copy);
+            return;
+        }
         let (mut masters, mut firsts, mut seconds) = (vec![], vec![], vec![]);
-        for (range, lr_scale) in self.stretches(unit, rank) {
+        for (range, lr_scale) in &stretches {
             let moments = Moments {
-                first: cut(&unit.moments.first, &range),
-                second: cut(&unit.moments.second, &range),
+                first: cut(&moments.first, range),
+                second: cut(&moments.second, range),
             };
-            let master = cut(&unit.master, &range);
-            let (master, moments) = match lr_scale == 0.0 {
+            let master = cut(&master, range);
+            let (master, moments) = match *lr_scale == 0.0 {
                 true => (master, moments),
-                false => adamw_step(
-                    master,
-                    moments,
-                    cut(&gradient, &range),
-                    0..decayed.end.clamp(range.start, range.end) - range.start,
-                    lr * lr_scale,
-                    step + 1,
-                    scale.clone(),
-                    good.clone(),
-                    &self.hyper,
-                ),
+                false => {
+                    let (master, moments, _) = step(master, moments, range, *lr_scale, false);
+                    (master, moments)
+                }
             };
             masters.push(master);
             firsts.push(moments.first);
             seconds.push(moments.second);
         }
-        let join = |mut parts: Vec<Tensor<1>>| match parts.len() {
-            1 => parts.swap_remove(0),
-            _ => Tensor::cat(parts, 0),
-        };
+        let join = |parts| Tensor::cat(parts, 0);
         let moments = Moments {
             first: join(firsts),
             second: join(seconds),
         };
-        unit.update(join(masters), moments);
+        unit.update(join(masters), moments, None);
     }
 
     /// The stretches of a unit's shard that have one learning rate, and its factor.

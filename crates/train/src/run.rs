@@ -105,6 +105,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
         &config.optimizer,
         config.train.on_bad_gradient,
         config.train.spike_factor,
+        compute,
         at.mean_grad_norm,
         &device,
     );

@@ -319,7 +319,7 @@ mod tests {
         let range = block.layout.range(conv.unwrap());
         let values = block.master.clone().slice([range.clone()]).add_scalar(0.1);
         let master = block.master.clone().slice_assign([range], values);
-        block.update(master, block.moments.clone());
+        block.update(master, block.moments.clone(), None);
         for exact in [true, false] {
             let refused = base.check_unchanged(&mut model, &row, &mesh, exact);
             assert!(

@@ -8,6 +8,7 @@ use std::ops::Range;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use ttt_kernels::dtype::cast;
 use ttt_kernels::ops::adamw::Moments;
+use ttt_kernels::ops::flat::{Part, accumulate};
 use ttt_model::{ModelConfig, ParamSpec, Params, Unit};
 use ttt_parallel::{CommError, Mesh};
 
@@ -106,6 +107,8 @@ pub struct UnitState {
     pub master: Tensor<1>,
     /// AdamW's moments.
     pub moments: Moments,
+    /// The shard in the precision that the model computes in, if the update made it.
+    copy: Option<Tensor<1>>,
     /// The gradient summed so far in this step.
     gradient: Option<Tensor<1>>,
     /// The parameters as the model computes with them, until the next update.
@@ -140,6 +143,7 @@ impl UnitState {
                 second: zeros(),
             },
             layout,
+            copy: None,
             gradient: None,
             ready: None,
         })
@@ -156,13 +160,22 @@ impl UnitState {
         if let Some(ready) = &self.ready {
             return Ok(ready.clone());
         }
-        let full = mesh.shard.all_gather(self.master.clone())?;
+        let wide = match self.layout.specs.iter().any(|spec| spec.master_precision) {
+            true => Some(mesh.shard.all_gather(self.master.clone())?),
+            false => None,
+        };
+        let shard = match self.copy.take() {
+            Some(copy) if copy.dtype() == compute => copy,
+            _ => cast(self.master.clone(), compute),
+        };
+        let full = mesh.shard.all_gather(shard.clone())?;
+        self.copy = Some(shard);
         let flat = self.layout.specs.iter().enumerate().map(|(i, spec)| {
-            let value = full.clone().slice([self.layout.range(i)]);
-            match spec.master_precision {
-                true => value,
-                false => cast(value, compute),
-            }
+            let whole = match (&wide, spec.master_precision) {
+                (Some(wide), true) => wide,
+                _ => &full,
+            };
+            whole.clone().slice([self.layout.range(i)])
         });
         let params = Params::new(self.layout.specs.clone(), flat.collect());
         if mesh.shard.size() == 1 {
@@ -181,24 +194,23 @@ impl UnitState {
         gradients: Vec<Option<Tensor<1>>>,
         mesh: &Mesh,
     ) -> Result<(), CommError> {
-        let device = self.master.device();
-        let zeros = |len: usize| Tensor::<1>::zeros([len], (&device, DType::F32));
-        let mut parts: Vec<Tensor<1>> = gradients
-            .into_iter()
-            .zip(&self.layout.specs)
-            .map(|(gradient, spec)| match gradient {
-                Some(gradient) => cast(gradient, DType::F32),
-                None => zeros(spec.len()),
-            })
-            .collect();
+        let parts = gradients.into_iter().zip(&self.layout.specs);
+        let parts = parts.map(|(gradient, spec)| match gradient {
+            Some(gradient) => Part::Values(gradient),
+            None => Part::Zeros(spec.len()),
+        });
+        let mut parts: Vec<Part> = parts.collect();
         let padding = self.layout.shard_len * self.layout.shards - self.layout.len();
         if padding > 0 {
-            parts.push(zeros(padding));
+            parts.push(Part::Zeros(padding));
         }
-        let own = mesh.shard.reduce_scatter_sum(Tensor::cat(parts, 0))?;
-        self.gradient = Some(match self.gradient.take() {
-            Some(sum) => sum + own,
-            None => own,
+        let sum = self.gradient.take();
+        self.gradient = Some(match self.layout.shards {
+            1 => accumulate(sum, parts),
+            _ => {
+                let own = mesh.shard.reduce_scatter_sum(accumulate(None, parts))?;
+                accumulate(sum, vec![Part::Values(own)])
+            }
         });
         Ok(())
     }
@@ -215,10 +227,26 @@ impl UnitState {
         mesh.replicate.all_reduce_sum(own)
     }
 
-    /// Replaces weights and moments after an update.
-    pub fn update(&mut self, master: Tensor<1>, moments: Moments) {
+    /// Hands out weights and moments to be updated, so that they can be written in place; they come
+    /// back by [`UnitState::update`]. The parameters that the model computed with are let go.
+    pub fn take(&mut self) -> (Tensor<1>, Moments) {
+        self.ready = None;
+        self.copy = None;
+        let none = Tensor::<1>::zeros([1], (&self.master.device(), DType::F32));
+        let master = std::mem::replace(&mut self.master, none.clone());
+        let taken = Moments {
+            first: none.clone(),
+            second: none,
+        };
+        (master, std::mem::replace(&mut self.moments, taken))
+    }
+
+    /// Replaces weights and moments after an update; `copy`: the weights in the precision that the
+    /// model computes in, where the update made them.
+    pub fn update(&mut self, master: Tensor<1>, moments: Moments, copy: Option<Tensor<1>>) {
         self.master = master;
         self.moments = moments;
+        self.copy = copy;
         self.ready = None;
     }
 }

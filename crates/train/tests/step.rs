@@ -237,7 +237,7 @@ fn updater(overrides: Vec<ttt_train::config::LrOverride>) -> ttt_train::optimize
         overrides,
     };
     let device = Device::flex();
-    ttt_train::optimizer::Updater::new(&hyper, OnBadGradient::Skip, None, 0.0, &device)
+    ttt_train::optimizer::Updater::new(&hyper, OnBadGradient::Skip, None, DType::F32, 0.0, &device)
 }
 
 /// Masters of all units, gathered, after two steps over twelve rows shared out among the ranks.

@@ -20,7 +20,8 @@ fn target(buffer: &Buffer) -> Buffer {
     }
 }
 
-/// See [`crate::ops::adamw::adamw_step`]. In place where the caller gave its only copies.
+/// See [`crate::ops::adamw::adamw_step`]. In place where the caller gave its only references. The third
+/// result is the new weights in bf16, if they are asked for.
 #[allow(clippy::too_many_arguments)] // the operands of one formula
 #[allow(clippy::result_large_err)] // what cannot be done here goes back by value, not cloned
 pub fn step(
@@ -33,7 +34,8 @@ pub fn step(
     scale: &Tensor<1>,
     keep: &Tensor<1>,
     hyper: &AdamW,
-) -> Result<(Tensor<1>, Moments), (Tensor<1>, Moments)> {
+    copied: bool,
+) -> Result<(Tensor<1>, Moments, Option<Tensor<1>>), (Tensor<1>, Moments)> {
     let inputs = (|| Some([f32(grad)?, f32(scale)?, f32(keep)?]))();
     let on_gpu = f32(&master).is_some() && f32(&moments.first).is_some();
     let (Some([grad, scale, keep]), true) = (inputs, on_gpu) else {
@@ -60,7 +62,9 @@ pub fn step(
         1.0 - hyper.beta2.powf(step as f64),
     ]
     .map(|c| c as f32);
-    let writes = outputs.each_ref();
+    let copy = copied.then(|| w.empty([n], DType::BF16));
+    let mut writes = outputs.each_ref().to_vec();
+    writes.extend(&copy);
     on_stream(
         &[&w, &m, &v, &grad, &scale, &keep],
         &writes,
@@ -69,6 +73,7 @@ pub fn step(
                 Arg::Ptr(to[0]),
                 Arg::Ptr(to[1]),
                 Arg::Ptr(to[2]),
+                Arg::Ptr(to.get(3).copied().unwrap_or(0)),
                 Arg::Ptr(from[0]),
                 Arg::Ptr(from[1]),
                 Arg::Ptr(from[2]),
@@ -84,7 +89,7 @@ pub fn step(
         },
     );
     let [w, first, second] = outputs.map(Buffer::tensor);
-    Ok((w, Moments { first, second }))
+    Ok((w, Moments { first, second }, copy.map(Buffer::tensor)))
 }
 
 /// Blocks of the first pass.

@@ -4,7 +4,9 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Bool, Tensor};
+use burn::tensor::{Bool, DType, Tensor};
+
+use crate::dtype::cast;
 
 /// What stays the same over a run (Loshchilov and Hutter, "Decoupled weight decay regularization").
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,6 +39,9 @@ pub struct Moments {
 /// `scale` and `keep` are `[1]` f32 on the device, so that clipping and skipping need no answer from
 /// it. Where `keep` is 0 nothing changes, whatever the gradient holds (NaN included).
 ///
+/// With `copied`, the third result is the new weights in bf16. Where nothing else refers to the given
+/// tensors, they are written in place.
+///
 /// # Panics
 /// If `step` is 0 or `decayed` reaches past n.
 #[allow(clippy::too_many_arguments)] // the operands of one formula
@@ -50,7 +55,8 @@ pub fn adamw_step(
     scale: Tensor<1>,
     keep: Tensor<1>,
     hyper: &AdamW,
-) -> (Tensor<1>, Moments) {
+    copied: bool,
+) -> (Tensor<1>, Moments, Option<Tensor<1>>) {
     assert!(step > 0, "steps count from 1");
     assert!(
         decayed.end <= master.dims()[0] || decayed.is_empty(),
@@ -59,7 +65,7 @@ pub fn adamw_step(
     );
     #[cfg(feature = "cuda")]
     let (master, moments) = match crate::cuda::adamw::step(
-        master, moments, &grad, &decayed, lr, step, &scale, &keep, hyper,
+        master, moments, &grad, &decayed, lr, step, &scale, &keep, hyper, copied,
     ) {
         Ok(done) => return done,
         Err(elsewhere) => elsewhere,
@@ -86,13 +92,13 @@ pub fn adamw_step(
         shrunk = shrunk.slice_assign([decayed], part);
     }
     let stepped = shrunk - update * lr;
-    (
-        or_old(stepped, master),
-        Moments {
-            first: or_old(first, moments.first),
-            second: or_old(second, moments.second),
-        },
-    )
+    let master = or_old(stepped, master);
+    let copy = copied.then(|| cast(master.clone(), DType::BF16));
+    let moments = Moments {
+        first: or_old(first, moments.first),
+        second: or_old(second, moments.second),
+    };
+    (master, moments, copy)
 }
 
 /// Σ grad²: `[n]` f32 → `[1]` f32. Infinite or NaN if the gradient holds either.
@@ -113,7 +119,7 @@ fn power(beta: f64, step: u64) -> f64 {
 mod tests {
     use super::*;
     use crate::testing::{normal, relative_error_of, values};
-    use burn::tensor::{DType, Device, TensorData};
+    use burn::tensor::{Device, TensorData};
 
     const HYPER: AdamW = AdamW {
         beta1: 0.9,
@@ -161,7 +167,7 @@ mod tests {
                 );
                 w[i] -= lr * mean / (square.sqrt() + 1e-8);
             }
-            (master, moments) = adamw_step(
+            (master, moments, _) = adamw_step(
                 master,
                 moments,
                 grad,
@@ -171,6 +177,7 @@ mod tests {
                 scalar(0.5),
                 scalar(1.0),
                 &HYPER,
+                false,
             );
         }
         // Five steps of f32 arithmetic: a few units of 2⁻²⁴ each.
@@ -188,7 +195,7 @@ mod tests {
         };
         let before = [&master, &moments.first, &moments.second].map(values);
         let grad = random(2) * f32::NAN;
-        let (kept, state) = adamw_step(
+        let (kept, state, _) = adamw_step(
             master.clone(),
             moments.clone(),
             grad,
@@ -198,10 +205,11 @@ mod tests {
             scalar(0.0),
             scalar(0.0),
             &HYPER,
+            false,
         );
         assert_eq!(before, [&kept, &state.first, &state.second].map(values));
         // Control: the same step with a sound gradient and keep = 1 moves the weights.
-        let (moved, _) = adamw_step(
+        let (moved, ..) = adamw_step(
             master,
             moments,
             random(2),
@@ -211,6 +219,7 @@ mod tests {
             scalar(1.0),
             scalar(1.0),
             &HYPER,
+            false,
         );
         assert_ne!(before[0], values(&moved));
     }

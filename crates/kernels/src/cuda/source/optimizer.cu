@@ -11,8 +11,9 @@ __device__ __forceinline__ void adamw_one(float &w, float &m, float &v, float g,
     w = w * decay - h.lr * (m / h.correction1) / (sqrtf(v / h.correction2) + h.eps);
 }
 
-// Outputs may be the inputs. With keep[0] = 0 they are copied, whatever the gradient holds.
-extern "C" __global__ void adamw(float *wo, float *mo, float *vo, const float *wi, const float *mi, const float *vi, const float *grad, const float *scale, const float *keep, u64 n, u64 decay_begin, u64 decay_end, AdamW h) {
+// Outputs may be the inputs. With keep[0] = 0 they are copied, whatever the gradient holds. `copy`, if
+// given, receives the weights in bf16.
+extern "C" __global__ void adamw(float *wo, float *mo, float *vo, u16 *copy, const float *wi, const float *mi, const float *vi, const float *grad, const float *scale, const float *keep, u64 n, u64 decay_begin, u64 decay_end, AdamW h) {
     const float factor = *scale;
     const bool apply = *keep != 0.f;
     const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -30,11 +31,13 @@ extern "C" __global__ void adamw(float *wo, float *mo, float *vo, const float *w
             }
         }
         ((float4 *)wo)[i] = w, ((float4 *)mo)[i] = m, ((float4 *)vo)[i] = v;
+        if (copy) ((uint2 *)copy)[i] = make_uint2(pack(w.x, w.y), pack(w.z, w.w));
     }
     for (u64 i = 4 * n4 + first; i < n; i += stride) {
         float w = wi[i], m = mi[i], v = vi[i];
         if (apply) adamw_one(w, m, v, grad[i] * factor, i >= decay_begin && i < decay_end ? h.decay : 1.f, h);
         wo[i] = w, mo[i] = m, vo[i] = v;
+        if (copy) copy[i] = narrow(w);
     }
 }
 
