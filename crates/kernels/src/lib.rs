@@ -20,6 +20,7 @@ pub mod cuda;
 pub mod doctor;
 pub mod dtype;
 pub mod function;
+pub mod fused;
 pub mod ops;
 pub mod packing;
 pub mod testing;

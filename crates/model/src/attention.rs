@@ -1,6 +1,7 @@
 //! Self-attention with rotary embeddings and grouped key-value heads.
 
 use burn::tensor::Tensor;
+use ttt_kernels::fused::{self, AttentionWeights};
 use ttt_kernels::{AttentionSpec, Packing, attention, linear, rms_norm, rope};
 
 use crate::config::ModelConfig;
@@ -86,6 +87,43 @@ impl Attention {
         [rotate(q), rotate(k), v]
     }
 
+    /// x + attention(norm(x)) as one operation, where the device has it: x `[B, N, D]`, the norm's
+    /// gain `[D]`.
+    pub(crate) fn fused(
+        &self,
+        x: &Tensor<3>,
+        gain: &Tensor<1>,
+        rope_table: &RopeTable,
+        packing: &Packing,
+    ) -> Option<Tensor<3>> {
+        let projections = [&self.q_proj, &self.k_proj, &self.v_proj];
+        if projections.iter().any(|p| p.bias.is_some()) {
+            return None;
+        }
+        let weights = AttentionWeights {
+            norm: gain,
+            q: &self.q_proj.weight,
+            k: &self.k_proj.weight,
+            v: &self.v_proj.weight,
+            o: &self.o_proj,
+            qk_norm: self.qk_norm.as_ref().map(|(q, k)| (q, k)),
+            head_size: self.head_size,
+            eps: self.eps,
+        };
+        let spec = self.spec(0, Some(packing.clone()));
+        let tables = (&rope_table.cos, &rope_table.sin);
+        fused::attention_sublayer(x, &weights, tables, &spec)
+    }
+
+    fn spec(&self, query_offset: usize, packing: Option<Packing>) -> AttentionSpec {
+        AttentionSpec {
+            window: self.window,
+            scale: (self.head_size as f64).powf(-0.5),
+            query_offset,
+            packing,
+        }
+    }
+
     /// Queries from position `query_offset` on against all keys, and the output projection:
     /// `[B, N, D]`.
     pub fn attend(
@@ -95,12 +133,7 @@ impl Attention {
         packing: Option<Packing>,
     ) -> Tensor<3> {
         let [batch, tokens, heads, size] = q.dims();
-        let spec = AttentionSpec {
-            window: self.window,
-            scale: (size as f64).powf(-0.5),
-            query_offset,
-            packing,
-        };
+        let spec = self.spec(query_offset, packing);
         let mixed: Tensor<3> = attention(q, k, v, spec).reshape([batch, tokens, heads * size]);
         linear(mixed, self.o_proj.clone())
     }

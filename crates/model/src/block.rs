@@ -33,13 +33,40 @@ impl Block {
 
     /// x, embeddings: `[B, N, D]` → `[B, N, D]`.
     pub fn forward(&self, x: Tensor<3>, embeddings: Tensor<3>, batch: &Batch) -> MlpOutput {
+        let x = self.attention_half(x, batch);
+        self.mlp_half(x, embeddings, batch)
+    }
+
+    /// x + attention(norm(x))
+    fn attention_half(&self, x: Tensor<3>, batch: &Batch) -> Tensor<3> {
+        let fused = self
+            .self_attn
+            .fused(&x, &self.input_layernorm, &batch.rope, &batch.packing);
+        if let Some(x) = fused {
+            return x;
+        }
         let normed = rms_norm(x.clone(), self.input_layernorm.clone(), self.eps);
         let qkv = self.self_attn.project(normed, &batch.rope);
-        let x = x + self.self_attn.attend(qkv, 0, Some(batch.packing.clone()));
-        let normed = rms_norm(x.clone(), self.post_attention_layernorm.clone(), self.eps);
-        let mlp = self
-            .mlp
-            .forward(normed, embeddings, &batch.packing, batch.clip);
+        x + self.self_attn.attend(qkv, 0, Some(batch.packing.clone()))
+    }
+
+    /// x + mlp(norm(x))
+    fn mlp_half(&self, x: Tensor<3>, embeddings: Tensor<3>, batch: &Batch) -> MlpOutput {
+        let gain = &self.post_attention_layernorm;
+        if let Some(output) = self.mlp.fused(&x, gain, self.eps) {
+            return MlpOutput {
+                output,
+                state_ratio: None,
+            };
+        }
+        let mlp = match self.mlp.fused_activate(&x, gain, self.eps) {
+            Some(z) => self.mlp.down(z, embeddings, &batch.packing, batch.clip),
+            None => {
+                let normed = rms_norm(x.clone(), gain.clone(), self.eps);
+                self.mlp
+                    .forward(normed, embeddings, &batch.packing, batch.clip)
+            }
+        };
         MlpOutput {
             output: x + mlp.output,
             ..mlp

@@ -1,9 +1,10 @@
 //! The SwiGLU MLP, whose down projection learns in TTT layers.
 
 use burn::tensor::Tensor;
+use ttt_kernels::fused::{self, GateWeights};
 use ttt_kernels::{Packing, linear, swiglu};
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, Target};
 use crate::params::Params;
 use crate::ttt::{Ttt, TttOutput};
 
@@ -52,6 +53,39 @@ impl Mlp {
         swiglu(gate, linear(x, self.up_proj.clone()))
     }
 
+    /// x + mlp(norm(x)) as one operation, where the device has it and the layer does not learn:
+    /// x `[B, N, D]`, the norm's gain `[D]`.
+    pub(crate) fn fused(&self, x: &Tensor<3>, gain: &Tensor<1>, eps: f64) -> Option<Tensor<3>> {
+        match self.ttt {
+            Some(_) => None,
+            None => fused::mlp_sublayer(x, &self.gate(gain, eps), &self.down_proj),
+        }
+    }
+
+    /// Z from the input of the norm, as one operation, where the device has it and the layer's
+    /// targets do not need the normed input.
+    pub(crate) fn fused_activate(
+        &self,
+        x: &Tensor<3>,
+        gain: &Tensor<1>,
+        eps: f64,
+    ) -> Option<Tensor<3>> {
+        let hidden = |ttt: &Ttt| ttt.config().target == Target::Hidden;
+        match &self.ttt {
+            Some(ttt) if hidden(ttt) => None,
+            _ => fused::gated(x, &self.gate(gain, eps)),
+        }
+    }
+
+    fn gate<'a>(&'a self, norm: &'a Tensor<1>, eps: f64) -> GateWeights<'a> {
+        GateWeights {
+            norm,
+            gate: &self.gate_proj,
+            up: &self.up_proj,
+            eps,
+        }
+    }
+
     /// x, embeddings: `[B, N, D]`. `clip` bounds the fast updates, at inference only.
     pub fn forward(
         &self,
@@ -61,13 +95,27 @@ impl Mlp {
         clip: Option<f64>,
     ) -> MlpOutput {
         let z = self.activate(x.clone());
+        let source = match &self.ttt {
+            Some(ttt) => ttt.source(x, embeddings),
+            None => embeddings,
+        };
+        self.down(z, source, packing, clip)
+    }
+
+    /// The down projection of z `[B, N, F]`; `source` `[B, N, D]` is where targets come from.
+    pub(crate) fn down(
+        &self,
+        z: Tensor<3>,
+        source: Tensor<3>,
+        packing: &Packing,
+        clip: Option<f64>,
+    ) -> MlpOutput {
         match &self.ttt {
             None => MlpOutput {
                 output: linear(z, self.down_proj.clone()),
                 state_ratio: None,
             },
             Some(ttt) => {
-                let source = ttt.source(x, embeddings);
                 let TttOutput {
                     output,
                     state_ratio,

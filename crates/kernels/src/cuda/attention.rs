@@ -9,7 +9,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use super::attention_graph::{Key, backward_plan, forward_plan};
 use super::cudnn::{Graph, Library, Plan};
-use super::stream::{Buffer, on_stream};
+use super::stream::{Buffer, Context, on_stream};
 use crate::ops::attention::AttentionSpec;
 use crate::packing::Packing;
 
@@ -62,47 +62,123 @@ impl Attentions {
     }
 }
 
-/// The plan's key and, for packed rows, the documents; `None` if cuDNN has no form for the tensors.
-fn key(
-    q: &Buffer,
-    k: &Buffer,
-    v: &Buffer,
-    spec: &AttentionSpec,
-    backward: bool,
-) -> Option<(Key, Option<Buffer>)> {
-    let (dq, dk) = (q.dims(), k.dims());
-    let bf16 = [q, k, v].iter().all(|b| b.dtype() == DType::BF16);
-    let size = dq[3];
-    if !bf16 || spec.query_offset != 0 || !size.is_multiple_of(8) || size > 128 || dq[1] < 2 {
-        return None;
-    }
-    let mut key = Key {
-        batch: dq[0] as i64,
-        queries: dq[1] as i64,
-        keys: dk[1] as i64,
-        heads: dq[2] as i64,
-        groups: dk[2] as i64,
-        size: size as i64,
-        window: None,
-        scale: (spec.scale as f32).to_bits(),
-        packed: false,
-        backward,
-    };
-    let packing = spec.packing.as_ref().filter(|p| !p.is_whole_rows());
-    let documents = match packing {
-        None => None,
-        Some(packing) => Some(documents(q, k, packing, &mut key)?),
-    };
-    let window = spec.window.map(|w| w as i64);
-    key.window = window.filter(|&w| w < key.queries);
-    Some((key, documents))
+/// The extents of one attention.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Extents {
+    /// B
+    pub batch: usize,
+    /// N
+    pub tokens: usize,
+    /// S
+    pub keys: usize,
+    /// H
+    pub heads: usize,
+    /// G
+    pub groups: usize,
+    /// E
+    pub size: usize,
+    /// Elements between neighbouring tokens of q and dq.
+    pub query_row: usize,
+    /// The same of k, v, dk and dv.
+    pub key_row: usize,
 }
 
-/// Offsets of queries, keys and statistics and the lengths of the documents, one after another with
-/// each part padded to 16 bytes; sets the key's sizes.
-fn documents(q: &Buffer, k: &Buffer, packing: &Packing, key: &mut Key) -> Option<Buffer> {
-    let tokens = q.dims()[1];
-    if k.dims()[1] != tokens || packing.length() != tokens {
+impl Extents {
+    /// Of tensors that lie densely.
+    fn dense(q: &Buffer, k: &Buffer) -> Self {
+        let (q, k) = (q.dims(), k.dims());
+        Self {
+            batch: q[0],
+            tokens: q[1],
+            keys: k[1],
+            heads: q[2],
+            groups: k[2],
+            size: q[3],
+            query_row: q[2] * q[3],
+            key_row: k[2] * k[3],
+        }
+    }
+}
+
+/// One attention as cuDNN does it: which plan, and the documents of packed rows.
+#[derive(Clone, Debug)]
+pub(super) struct Call {
+    key: Key,
+    /// Offsets and lengths, to be among what the work on the stream reads.
+    pub documents: Option<Buffer>,
+}
+
+impl Call {
+    /// `None` if cuDNN has no form for it. `like` says on which device.
+    pub fn new(e: &Extents, spec: &AttentionSpec, like: &Buffer, backward: bool) -> Option<Self> {
+        let fits = e.size.is_multiple_of(8) && e.size <= 128 && e.tokens > 1;
+        if spec.query_offset != 0 || !fits {
+            return None;
+        }
+        let mut key = Key {
+            batch: e.batch as i64,
+            queries: e.tokens as i64,
+            keys: e.keys as i64,
+            heads: e.heads as i64,
+            groups: e.groups as i64,
+            size: e.size as i64,
+            query_row: e.query_row as i64,
+            key_row: e.key_row as i64,
+            window: None,
+            scale: (spec.scale as f32).to_bits(),
+            packed: false,
+            backward,
+        };
+        let packing = spec.packing.as_ref().filter(|p| !p.is_whole_rows());
+        let documents = match packing {
+            None => None,
+            Some(packing) => Some(documents(e, like, packing, &mut key)?),
+        };
+        let window = spec.window.map(|w| w as i64);
+        key.window = window.filter(|&w| w < key.queries);
+        Some(Self { key, documents })
+    }
+
+    /// Extents of the log-sum-exp.
+    pub fn statistics(&self, e: &Extents) -> [usize; 3] {
+        match self.key.packed {
+            true => [e.batch, e.tokens, e.heads],
+            false => [e.batch, e.heads, e.tokens],
+        }
+    }
+
+    /// What the backward pass needs beside its results: δ, dq in f32, and, in a packed batch with
+    /// grouped heads, dv and dk of each query head before they are summed over the group.
+    pub fn scratch(&self, e: &Extents, like: &Buffer) -> Vec<Buffer> {
+        let each = self.key.packed && e.heads != e.groups;
+        let mut all = vec![
+            like.empty([e.batch, e.heads, e.tokens], DType::F32),
+            like.empty([e.batch, e.heads, e.tokens, e.size], DType::F32),
+        ];
+        for _ in 0..if each { 2 } else { 0 } {
+            all.push(like.empty([e.batch, e.tokens, e.heads, e.size], DType::BF16));
+        }
+        all
+    }
+
+    /// Runs the plan on `addresses`, the tensors that the graph binds; `documents`: the address of
+    /// [`Call::documents`].
+    pub fn run(
+        &self,
+        cx: &mut Context,
+        mut addresses: Vec<u64>,
+        documents: Option<u64>,
+    ) -> Result<(), String> {
+        addresses.extend(documents.iter().flat_map(|&at| parts(at, self.key.batch)));
+        cx.attentions.run(self.key, cx.stream, &addresses)
+    }
+}
+
+/// Offsets of queries, keys, outputs and statistics and the lengths of the documents, one after
+/// another with each part padded to 16 bytes; sets the key's sizes.
+fn documents(e: &Extents, like: &Buffer, packing: &Packing, key: &mut Key) -> Option<Buffer> {
+    let tokens = e.tokens;
+    if e.keys != tokens || packing.length() != tokens {
         return None;
     }
     let mut starts = vec![];
@@ -119,7 +195,7 @@ fn documents(q: &Buffer, k: &Buffer, packing: &Packing, key: &mut Key) -> Option
         .next_power_of_two()
         .clamp(128, tokens.max(128));
     // Offsets are counted in elements, in 32 bits.
-    if total * (key.heads * key.size) as usize > i32::MAX as usize {
+    if total * e.query_row.max(e.key_row) > i32::MAX as usize {
         return None;
     }
     starts.resize(places + 1, total);
@@ -127,30 +203,34 @@ fn documents(q: &Buffer, k: &Buffer, packing: &Packing, key: &mut Key) -> Option
     (key.batch, key.packed) = (places as i64, true);
     (key.queries, key.keys) = (longest as i64, longest as i64);
     let part = section(places);
-    let mut all = vec![0i32; 4 * part];
-    for (i, &start) in starts.iter().enumerate() {
-        all[i] = (start as i64 * key.heads * key.size) as i32;
-        all[part + i] = (start as i64 * key.groups * key.size) as i32;
-        all[2 * part + i] = (start as i64 * key.heads) as i32;
+    let mut all = vec![0i32; PARTS * part];
+    let per_token = [e.query_row, e.key_row, e.heads * e.size, e.heads];
+    for (section, elements) in all.chunks_mut(part).zip(per_token) {
+        for (offset, start) in section.iter_mut().zip(&starts) {
+            *offset = (start * elements) as i32;
+        }
     }
-    for (i, &length) in lengths.iter().enumerate() {
-        all[3 * part + i] = length as i32;
+    for (place, &length) in all[(PARTS - 1) * part..].iter_mut().zip(&lengths) {
+        *place = length as i32;
     }
-    let device = q.clone().tensor::<4>().device();
+    let device = like.device();
     let count = all.len();
     let ints = Tensor::<1, Int>::from_data(TensorData::new(all, [count]), (&device, DType::I32));
     Buffer::of_ints(&ints)
 }
+
+/// Parts of [`documents`].
+const PARTS: usize = 5;
 
 /// Integers of one part of [`documents`].
 fn section(places: usize) -> usize {
     (places + 1).next_multiple_of(4)
 }
 
-/// The addresses of the four parts.
-fn parts(at: u64, places: i64) -> [u64; 4] {
+/// The addresses of the parts.
+fn parts(at: u64, places: i64) -> [u64; PARTS] {
     let bytes = section(places as usize) as u64 * 4;
-    [at, at + bytes, at + 2 * bytes, at + 3 * bytes]
+    std::array::from_fn(|i| at + i as u64 * bytes)
 }
 
 /// Output `[B, N, H, E]` and log-sum-exp, f32: `[B, H, N]`, or `[B, N, H]` where rows are packed. The
@@ -161,24 +241,24 @@ pub fn forward(
     v: &Tensor<4>,
     spec: &AttentionSpec,
 ) -> Option<(Tensor<4>, Tensor<3>)> {
-    let (q, k, v) = (Buffer::of(q)?, Buffer::of(k)?, Buffer::of(v)?);
-    let (key, documents) = key(&q, &k, &v, spec, false)?;
-    let d = q.dims();
-    let output = q.empty([d[0], d[1], d[2], d[3]], DType::BF16);
-    let sums = match key.packed {
-        true => q.empty([d[0], d[1], d[2]], DType::F32),
-        false => q.empty([d[0], d[2], d[1]], DType::F32),
-    };
+    let (q, k, v) = bf16(q, k, v)?;
+    let e = Extents::dense(&q, &k);
+    let call = Call::new(&e, spec, &q, false)?;
+    let output = q.empty([e.batch, e.tokens, e.heads, e.size], DType::BF16);
+    let sums = q.empty(call.statistics(&e), DType::F32);
     let mut reads = vec![&q, &k, &v];
-    reads.extend(&documents);
+    reads.extend(&call.documents);
     on_stream(&reads, &[&output, &sums], |cx, from, to| {
-        let mut addresses = vec![from[0], from[1], from[2], to[0], to[1]];
-        if let Some(&at) = from.get(3) {
-            addresses.extend(parts(at, key.batch));
-        }
-        cx.attentions.run(key, cx.stream, &addresses)
+        let addresses = vec![from[0], from[1], from[2], to[0], to[1]];
+        call.run(cx, addresses, from.get(3).copied())
     });
     Some((output.tensor(), sums.tensor()))
+}
+
+fn bf16(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>) -> Option<(Buffer, Buffer, Buffer)> {
+    let all = (Buffer::of(q)?, Buffer::of(k)?, Buffer::of(v)?);
+    let fits = |b: &Buffer| b.dtype() == DType::BF16;
+    (fits(&all.0) && fits(&all.1) && fits(&all.2)).then_some(all)
 }
 
 /// dq, dk, dv.
@@ -189,8 +269,9 @@ pub fn backward(
     dy: &Tensor<4>,
     spec: &AttentionSpec,
 ) -> Option<[Tensor<4>; 3]> {
-    let (q, k, v) = (Buffer::of(q)?, Buffer::of(k)?, Buffer::of(v)?);
-    let (key, documents) = key(&q, &k, &v, spec, true)?;
+    let (q, k, v) = bf16(q, k, v)?;
+    let e = Extents::dense(&q, &k);
+    let call = Call::new(&e, spec, &q, true)?;
     let (output, sums, dy) = (
         Buffer::of(output)?,
         Buffer::of(log_sum_exp)?,
@@ -199,26 +280,16 @@ pub fn backward(
     if dy.dtype() != DType::BF16 || sums.dtype() != DType::F32 {
         return None;
     }
-    let (d, s) = (q.dims(), k.dims());
-    let dq = q.empty([d[0], d[1], d[2], d[3]], DType::BF16);
-    let [dk, dv] = [(); 2].map(|()| q.empty([s[0], s[1], s[2], s[3]], DType::BF16));
-    let delta = q.empty([d[0], d[2], d[1]], DType::F32);
-    let dq_sum = q.empty([d[0], d[2], d[1], d[3]], DType::F32);
-    // dv and dk of each query head, before they are summed over the group.
-    let each = key.packed && key.heads != key.groups;
-    let by_head: Vec<Buffer> = (0..if each { 2 } else { 0 })
-        .map(|_| q.empty([d[0], d[1], d[2], d[3]], DType::BF16))
-        .collect();
+    let dq = q.empty([e.batch, e.tokens, e.heads, e.size], DType::BF16);
+    let [dk, dv] = [(); 2].map(|()| q.empty([e.batch, e.keys, e.groups, e.size], DType::BF16));
+    let scratch = call.scratch(&e, &q);
     let mut reads = vec![&q, &k, &v, &output, &sums, &dy];
-    reads.extend(&documents);
-    let mut writes = vec![&dq, &dk, &dv, &delta, &dq_sum];
-    writes.extend(&by_head);
+    reads.extend(&call.documents);
+    let mut writes = vec![&dq, &dk, &dv];
+    writes.extend(&scratch);
     on_stream(&reads, &writes, |cx, from, to| {
-        let mut addresses: Vec<u64> = from[..6].iter().chain(to).copied().collect();
-        if let Some(&at) = from.get(6) {
-            addresses.extend(parts(at, key.batch));
-        }
-        cx.attentions.run(key, cx.stream, &addresses)
+        let addresses = from[..6].iter().chain(to).copied().collect();
+        call.run(cx, addresses, from.get(6).copied())
     });
     Some([dq.tensor(), dk.tensor(), dv.tensor()])
 }

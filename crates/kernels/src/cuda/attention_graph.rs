@@ -26,6 +26,11 @@ pub struct Key {
     pub groups: i64,
     /// E
     pub size: i64,
+    /// Elements between neighbouring tokens of q and dq: H·E, or more where they share rows with k
+    /// and v.
+    pub query_row: i64,
+    /// The same of k, v, dk and dv.
+    pub key_row: i64,
     /// Keys that a query sees, itself among them; `None`: all earlier ones.
     pub window: Option<i64>,
     /// Bits of the f32 factor on the scores.
@@ -41,16 +46,14 @@ pub struct Key {
 struct Documents {
     queries: Node,
     keys: Node,
+    outputs: Node,
     statistics: Node,
     length: Node,
 }
 
-/// `[B, heads, tokens, E]` with the strides of `[B, tokens, heads, E]`.
-fn rows(batch: i64, heads: i64, tokens: i64, size: i64) -> ([i64; 4], [i64; 4]) {
-    (
-        [batch, heads, tokens, size],
-        [tokens * heads * size, size, heads * size, 1],
-    )
+/// `[B, heads, tokens, E]` of rows `row` elements apart.
+fn rows(batch: i64, heads: i64, tokens: i64, size: i64, row: i64) -> ([i64; 4], [i64; 4]) {
+    ([batch, heads, tokens, size], [tokens * row, size, row, 1])
 }
 
 fn transposed((d, s): ([i64; 4], [i64; 4])) -> ([i64; 4], [i64; 4]) {
@@ -92,6 +95,7 @@ impl<'a> Scores<'a> {
             this.documents = Some(Documents {
                 queries: ints(&mut this.graph, key.batch + 1)?,
                 keys: ints(&mut this.graph, key.batch + 1)?,
+                outputs: ints(&mut this.graph, key.batch + 1)?,
                 statistics: ints(&mut this.graph, key.batch + 1)?,
                 length: ints(&mut this.graph, key.batch)?,
             });
@@ -103,7 +107,7 @@ impl<'a> Scores<'a> {
     fn plan(self, bound: &[Node]) -> Result<Plan, String> {
         let mut all = bound.to_vec();
         if let Some(d) = self.documents {
-            all.extend([d.queries, d.keys, d.statistics, d.length]);
+            all.extend([d.queries, d.keys, d.outputs, d.statistics, d.length]);
         }
         self.graph.plan(&all)
     }
@@ -228,18 +232,20 @@ impl<'a> Scores<'a> {
     }
 }
 
-/// Bound: q, k, v, output, log-sum-exp, and the documents' offsets of queries, keys, statistics, and
-/// their lengths.
+/// Bound: q, k, v, output, log-sum-exp, and the documents' offsets of queries, keys, outputs,
+/// statistics, and their lengths.
 pub fn forward_plan(graph: Graph, key: &Key) -> Result<Plan, String> {
     let k = *key;
     let mut g = Scores::new(graph, k)?;
     let (of_queries, of_keys) = (|d: Documents| d.queries, |d: Documents| d.keys);
-    let by_query = rows(k.batch, k.heads, k.queries, k.size);
-    let by_key = rows(k.batch, k.groups, k.keys, k.size);
+    let of_outputs = |d: Documents| d.outputs;
+    let by_query = rows(k.batch, k.heads, k.queries, k.size, k.query_row);
+    let by_key = rows(k.batch, k.groups, k.keys, k.size, k.key_row);
+    let by_output = rows(k.batch, k.heads, k.queries, k.size, k.heads * k.size);
     let q = g.tensor(BF16, by_query, of_queries)?;
     let kt = g.tensor(BF16, transposed(by_key), of_keys)?;
     let v = g.tensor(BF16, by_key, of_keys)?;
-    let output = g.tensor(BF16, by_query, of_queries)?;
+    let output = g.tensor(BF16, by_output, of_outputs)?;
     let sums = g.per_query()?;
     let scale = g.graph.scalar(f32::from_bits(k.scale))?;
     let scores = g.scaled(q, kt, scale)?;
@@ -271,10 +277,13 @@ pub fn forward_plan(graph: Graph, key: &Key) -> Result<Plan, String> {
 pub fn backward_plan(graph: Graph, key: &Key) -> Result<Plan, String> {
     let k = *key;
     let mut g = Scores::new(graph, k)?;
-    let by_query = rows(k.batch, k.heads, k.queries, k.size);
-    let by_key = rows(k.batch, k.groups, k.keys, k.size);
+    let by_query = rows(k.batch, k.heads, k.queries, k.size, k.query_row);
+    let by_key = rows(k.batch, k.groups, k.keys, k.size, k.key_row);
+    let by_output = rows(k.batch, k.heads, k.queries, k.size, k.heads * k.size);
     let (of_queries, of_keys) = (|d: Documents| d.queries, |d: Documents| d.keys);
-    let [q, y, dy, dq] = [(); 4].map(|()| g.tensor(BF16, by_query, of_queries));
+    let of_outputs = |d: Documents| d.outputs;
+    let [q, dq] = [(); 2].map(|()| g.tensor(BF16, by_query, of_queries));
+    let [y, dy] = [(); 2].map(|()| g.tensor(BF16, by_output, of_outputs));
     let (q, y, dy, dq) = (q?, y?, dy?, dq?);
     let [kt, vt] = [(); 2].map(|()| g.tensor(BF16, transposed(by_key), of_keys));
     let (kt, vt) = (kt?, vt?);
@@ -283,16 +292,16 @@ pub fn backward_plan(graph: Graph, key: &Key) -> Result<Plan, String> {
     let sums = g.per_query()?;
     let delta = g.per_query()?;
     let sum_form = match k.packed {
-        true => by_query,
+        true => by_output,
         false => dense([k.batch, k.heads, k.queries, k.size]),
     };
-    let dq_sum = g.tensor(F32, sum_form, of_queries)?;
+    let dq_sum = g.tensor(F32, sum_form, of_outputs)?;
     let scale = g.graph.scalar(f32::from_bits(k.scale))?;
     let one = g.graph.scalar(1.0)?;
     let mul = Mode::CUDNN_POINTWISE_MUL;
 
     // δ = Σ_e dy y
-    let d = by_query.0;
+    let d = by_output.0;
     let along = [d[1] * d[2] * d[3], d[2] * d[3], d[1] * d[3], 1];
     let product = g.graph.between(F32, d, along)?;
     g.graph
@@ -326,7 +335,8 @@ pub fn backward_plan(graph: Graph, key: &Key) -> Result<Plan, String> {
             return g.graph.matmul(a, b, out, extents);
         }
         let each = if k.packed {
-            let node = g.tensor(BF16, rows(k.batch, k.heads, k.keys, k.size), of_queries)?;
+            let each = rows(k.batch, k.heads, k.keys, k.size, k.heads * k.size);
+            let node = g.tensor(BF16, each, of_outputs)?;
             parts.push(node);
             node
         } else {

@@ -15,6 +15,8 @@ pub const SOURCE: &str = concat!(
     include_str!("source/common.cu"),
     include_str!("source/elementwise.cu"),
     include_str!("source/norm.cu"),
+    include_str!("source/heads.cu"),
+    include_str!("source/hopper.cu"),
     include_str!("source/conv.cu"),
     include_str!("source/scan.cu"),
     include_str!("source/loss.cu"),
@@ -31,6 +33,7 @@ pub struct Kernels {
 struct Loaded {
     module: sys::CUmodule,
     processors: u32,
+    hopper: bool,
     functions: HashMap<&'static str, sys::CUfunction>,
 }
 
@@ -68,7 +71,8 @@ fn architecture() -> Result<String, String> {
 }
 
 fn load() -> Result<Loaded, String> {
-    let image = cubin(SOURCE, &architecture()?)?;
+    let architecture = architecture()?;
+    let image = cubin(SOURCE, &architecture)?;
     // SAFETY: a complete cubin, from NVRTC or from the cache that this program wrote.
     let module = unsafe { driver::module::load_data(image.as_ptr().cast()) }
         .map_err(|e| format!("the compiled kernels do not load: {e}"))?;
@@ -76,6 +80,7 @@ fn load() -> Result<Loaded, String> {
     Ok(Loaded {
         module,
         processors: processors.max(1) as u32,
+        hopper: architecture == "sm_90a",
         functions: HashMap::new(),
     })
 }
@@ -183,12 +188,29 @@ impl Context<'_> {
         Ok(self.kernels.loaded()?.processors)
     }
 
+    /// Whether the kernels of `source/hopper.cu` are there.
+    pub fn is_hopper(&mut self) -> bool {
+        self.kernels.loaded().is_ok_and(|loaded| loaded.hopper)
+    }
+
     /// Launches kernel `name` over `grid` blocks of `threads`.
     pub fn launch(
         &mut self,
         name: &'static str,
         grid: (u32, u32, u32),
         threads: u32,
+        args: &[Arg],
+    ) -> Result<(), String> {
+        self.launch_shared(name, grid, threads, 0, args)
+    }
+
+    /// [`Context::launch`] with `shared` bytes of dynamic shared memory.
+    pub fn launch_shared(
+        &mut self,
+        name: &'static str,
+        grid: (u32, u32, u32),
+        threads: u32,
+        shared: u32,
         args: &[Arg],
     ) -> Result<(), String> {
         let loaded = self.kernels.loaded()?;
@@ -199,6 +221,14 @@ impl Context<'_> {
                 // SAFETY: the module is loaded and never unloaded.
                 let found = unsafe { driver::module::get_function(loaded.module, symbol) }
                     .map_err(|e| format!("kernel {name}: {e}"))?;
+                if shared > 48 << 10 {
+                    use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
+                    // SAFETY: the function is of a loaded module.
+                    unsafe { driver::function::set_function_attribute(found, MOST, shared as i32) }
+                        .map_err(|e| {
+                            format!("kernel {name}, {shared} bytes of shared memory: {e}")
+                        })?;
+                }
                 loaded.functions.insert(name, found);
                 found
             }
@@ -211,6 +241,7 @@ impl Context<'_> {
                 Arg::Bits(v) => (v as *const u32).cast_mut().cast(),
                 Arg::Float(v) => (v as *const f32).cast_mut().cast(),
                 Arg::Floats(v) => (v as *const [f32; 7]).cast_mut().cast(),
+                Arg::Map(v) => (v as *const [u64; 16]).cast_mut().cast(),
             })
             .collect();
         // SAFETY: the caller passes the arguments of the kernel's declaration; their memory is held
@@ -220,7 +251,7 @@ impl Context<'_> {
                 function,
                 grid,
                 (threads, 1, 1),
-                0,
+                shared,
                 self.stream,
                 &mut pointers,
             )

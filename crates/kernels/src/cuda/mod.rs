@@ -13,11 +13,15 @@ pub mod conv;
 pub mod cross_entropy;
 pub mod cudnn;
 pub mod embedding;
+pub mod flat;
 pub mod gemm;
+mod heads;
+mod hopper;
 pub mod linear;
 pub mod norm;
 pub mod pointwise;
 pub mod stream;
+pub mod sublayer;
 pub mod ttt;
 
 pub use stream::{Arg, Buffer, Context, on_stream};

@@ -8,64 +8,137 @@ use super::stream::{Arg, Buffer, Context, on_stream};
 /// idle, more cost a longer second pass.
 const GROUPS: usize = 8;
 
-struct Shape {
-    rows: usize,
-    width: usize,
-    threads: u32,
-    warp: bool,
+/// A normalisation of rows whose memory is elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Norm {
+    /// T
+    pub rows: usize,
+    /// K
+    pub width: usize,
+    eps: f32,
+    gain_is_f32: bool,
 }
 
-fn shape(x: &Buffer, weight: &Buffer) -> Option<Shape> {
-    let dims = x.dims();
-    let (rows, width) = (dims[0], dims[1]);
-    let fits = width.is_multiple_of(8) && width <= 8192 && rows > 0;
-    let types = x.dtype() == DType::BF16 && matches!(weight.dtype(), DType::BF16 | DType::F32);
-    if !fits || !types {
-        return None;
+/// Where the backward pass finds and leaves its tensors; 0 where it does without.
+pub(super) struct BackwardAt {
+    /// `[T, K]`
+    pub x: u64,
+    /// `[K]`
+    pub weight: u64,
+    /// `[T, K]`
+    pub dy: u64,
+    /// Added to dx: `[T, K]`, optional.
+    pub residual: u64,
+    /// `[T, K]`
+    pub dx: u64,
+    /// `[K]` f32
+    pub dw: u64,
+    /// The forward's result again: `[T, K]`, optional.
+    pub y: u64,
+    /// Memory of [`Norm::partial`].
+    pub partial: u64,
+}
+
+impl Norm {
+    /// The normalisation of x (rows of its last dimension) by `weight` `[K]`; `None` where the
+    /// kernels have no form for it.
+    pub fn of(x: &Buffer, weight: &Buffer, eps: f64) -> Option<Self> {
+        let width = *x.dims().last()?;
+        let rows = x.len() / width.max(1);
+        let fits = width.is_multiple_of(8) && width <= 8192 && rows > 0 && weight.len() == width;
+        let types = x.dtype() == DType::BF16 && matches!(weight.dtype(), DType::BF16 | DType::F32);
+        (fits && types).then_some(Self {
+            rows,
+            width,
+            eps: eps as f32,
+            gain_is_f32: weight.dtype() == DType::F32,
+        })
     }
-    let warp = width <= 256;
-    let threads = if warp { 128 } else { width.div_ceil(256) * 32 };
-    Some(Shape {
-        rows,
-        width,
-        threads: threads as u32,
-        warp,
-    })
-}
 
-/// Blocks for `per_processor` groups on each multiprocessor, and the groups in all.
-fn grid(cx: &mut Context, s: &Shape, per_processor: usize) -> Result<(u32, usize), String> {
-    let per_block = if s.warp { 4 } else { 1 };
-    let most = cx.processors()? as usize * per_processor;
-    let blocks = most.min(s.rows).div_ceil(per_block).max(1);
-    Ok((blocks as u32, blocks * per_block))
-}
+    /// Whether a warp, not a block, takes a row.
+    fn warp(&self) -> bool {
+        self.width <= 256
+    }
 
-fn gain_is_f32(weight: &Buffer) -> Arg {
-    Arg::Int(i32::from(weight.dtype() == DType::F32))
+    fn threads(&self) -> u32 {
+        let threads = if self.warp() {
+            128
+        } else {
+            self.width.div_ceil(256) * 32
+        };
+        threads as u32
+    }
+
+    /// Blocks for `per_processor` groups on each multiprocessor, and the groups in all.
+    fn grid(&self, cx: &mut Context, per_processor: usize) -> Result<(u32, usize), String> {
+        let per_block = if self.warp() { 4 } else { 1 };
+        let most = cx.processors()? as usize * per_processor;
+        let blocks = most.min(self.rows).div_ceil(per_block).max(1);
+        Ok((blocks as u32, blocks * per_block))
+    }
+
+    fn groups_per_processor(&self) -> usize {
+        if self.warp() { 8 * GROUPS } else { GROUPS }
+    }
+
+    /// Room for the partial sums of the weight's gradient: as much as the GPU with the most
+    /// multiprocessors would use, because this one's are known only on the device thread.
+    pub fn partial(&self, like: &Buffer) -> Buffer {
+        let groups = MOST_PROCESSORS * self.groups_per_processor() + 4;
+        like.empty([groups, self.width], DType::F32)
+    }
+
+    /// y ← w ∘ x / rms(x).
+    pub fn forward(&self, cx: &mut Context, y: u64, x: u64, weight: u64) -> Result<(), String> {
+        let name = match self.warp() {
+            true => "rms_norm_forward_warp",
+            false => "rms_norm_forward_block",
+        };
+        let (blocks, _) = self.grid(cx, if self.warp() { 64 } else { 32 })?;
+        let args = [
+            Arg::Ptr(y),
+            Arg::Ptr(x),
+            Arg::Ptr(weight),
+            Arg::Int(i32::from(self.gain_is_f32)),
+            Arg::Int(self.rows as i32),
+            Arg::Int(self.width as i32),
+            Arg::Float(self.eps),
+        ];
+        cx.launch(name, (blocks, 1, 1), self.threads(), &args)
+    }
+
+    /// The gradients of x and weight.
+    pub fn backward(&self, cx: &mut Context, at: &BackwardAt) -> Result<(), String> {
+        let name = match self.warp() {
+            true => "rms_norm_backward_warp",
+            false => "rms_norm_backward_block",
+        };
+        let (blocks, groups) = self.grid(cx, self.groups_per_processor())?;
+        let args = [
+            Arg::Ptr(at.dx),
+            Arg::Ptr(at.y),
+            Arg::Ptr(at.partial),
+            Arg::Ptr(at.x),
+            Arg::Ptr(at.weight),
+            Arg::Int(i32::from(self.gain_is_f32)),
+            Arg::Ptr(at.dy),
+            Arg::Ptr(at.residual),
+            Arg::Int(self.rows as i32),
+            Arg::Int(self.width as i32),
+            Arg::Float(self.eps),
+        ];
+        cx.launch(name, (blocks, 1, 1), self.threads(), &args)?;
+        sum_partials(cx, at.dw, at.partial, groups, self.width)
+    }
 }
 
 /// x `[T, K]` bf16, weight `[K]`.
 pub fn forward(x: &Tensor<2>, weight: &Tensor<1>, eps: f64) -> Option<Tensor<2>> {
     let (x, weight) = (Buffer::of(x)?, Buffer::of(weight)?);
-    let s = shape(&x, &weight)?;
-    let y = x.empty([s.rows, s.width], DType::BF16);
+    let norm = Norm::of(&x, &weight, eps)?;
+    let y = x.empty([norm.rows, norm.width], DType::BF16);
     on_stream(&[&x, &weight], &[&y], |cx, from, to| {
-        let name = match s.warp {
-            true => "rms_norm_forward_warp",
-            false => "rms_norm_forward_block",
-        };
-        let (blocks, _) = grid(cx, &s, if s.warp { 64 } else { 32 })?;
-        let args = [
-            Arg::Ptr(to[0]),
-            Arg::Ptr(from[0]),
-            Arg::Ptr(from[1]),
-            gain_is_f32(&weight),
-            Arg::Int(s.rows as i32),
-            Arg::Int(s.width as i32),
-            Arg::Float(eps as f32),
-        ];
-        cx.launch(name, (blocks, 1, 1), s.threads, &args)
+        norm.forward(cx, to[0], from[0], from[1])
     });
     Some(y.tensor())
 }
@@ -78,37 +151,28 @@ pub fn backward(
     eps: f64,
 ) -> Option<(Tensor<2>, Tensor<1>)> {
     let (x, weight, dy) = (Buffer::of(x)?, Buffer::of(weight)?, Buffer::of(dy)?);
-    let s = shape(&x, &weight)?;
     if dy.dtype() != DType::BF16 {
         return None;
     }
-    let dx = x.empty([s.rows, s.width], DType::BF16);
-    let dw = x.empty([s.width], DType::F32);
-    // The most groups that any GPU would use: the kernel's grid is known only on the device thread.
-    let per_processor = if s.warp { 8 * GROUPS } else { GROUPS };
-    let partial = x.empty([MOST_PROCESSORS * per_processor + 4, s.width], DType::F32);
+    let norm = Norm::of(&x, &weight, eps)?;
+    let dx = x.empty([norm.rows, norm.width], DType::BF16);
+    let dw = x.empty([norm.width], DType::F32);
+    let partial = norm.partial(&x);
     on_stream(
         &[&x, &weight, &dy],
         &[&dx, &dw, &partial],
         |cx, from, to| {
-            let name = match s.warp {
-                true => "rms_norm_backward_warp",
-                false => "rms_norm_backward_block",
+            let at = BackwardAt {
+                x: from[0],
+                weight: from[1],
+                dy: from[2],
+                residual: 0,
+                dx: to[0],
+                dw: to[1],
+                y: 0,
+                partial: to[2],
             };
-            let (blocks, groups) = grid(cx, &s, per_processor)?;
-            let args = [
-                Arg::Ptr(to[0]),
-                Arg::Ptr(to[2]),
-                Arg::Ptr(from[0]),
-                Arg::Ptr(from[1]),
-                gain_is_f32(&weight),
-                Arg::Ptr(from[2]),
-                Arg::Int(s.rows as i32),
-                Arg::Int(s.width as i32),
-                Arg::Float(eps as f32),
-            ];
-            cx.launch(name, (blocks, 1, 1), s.threads, &args)?;
-            sum_partials(cx, to[1], to[2], groups, s.width)
+            norm.backward(cx, &at)
         },
     );
     Some((dx.tensor(), dw.tensor()))

@@ -83,6 +83,7 @@ pub fn rope(x: &Tensor<4>, cos: &Tensor<2>, sin: &Tensor<2>, sign: f64) -> Optio
             Arg::Int(tokens as i32),
             Arg::Int(heads as i32),
             Arg::Int(half as i32),
+            Arg::Int((heads * size) as i32),
             Arg::Float(sign as f32),
         ];
         cx.launch_over("rope", items, &args)

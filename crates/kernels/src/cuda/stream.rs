@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 
 use burn::backend::Cube;
-use burn::tensor::{DType, Int, Shape, Tensor};
+use burn::tensor::{DType, Device, Int, Shape, Tensor};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
@@ -64,6 +64,11 @@ impl Buffer {
     /// The tensor again.
     pub fn tensor<const D: usize>(self) -> Tensor<D> {
         Tensor::from_primitive::<Cube>(self.0)
+    }
+
+    /// Where the memory is.
+    pub fn device(&self) -> Device {
+        Tensor::<1>::from_primitive::<Cube>(self.0.clone()).device()
     }
 
     /// Extents.
@@ -124,6 +129,8 @@ pub enum Arg {
     Bits(u32),
     /// The seven floats of AdamW's constants.
     Floats([f32; 7]),
+    /// A tensor map of the copy engine.
+    Map([u64; 16]),
 }
 
 thread_local! {

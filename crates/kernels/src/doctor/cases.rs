@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use super::compare::{Comparison, Op};
 use crate::dtype::cast;
 use crate::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
-use crate::testing::{normal, relative_error};
+use crate::testing::{normal, relative_error, values};
 use crate::ttt::{ScanSpec, chunk_conv, fast_weight_scan};
 use crate::{
     AttentionSpec, Packing, attention, embedding, linear, linear_cross_entropy, rms_norm, rope,
@@ -16,9 +16,9 @@ use crate::{
 const ROUNDED: f64 = 4e-3;
 
 /// Several roundings on the way: the probabilities of attention, the weights of the scan.
-const CHAIN: f64 = 1.2e-2;
+pub(super) const CHAIN: f64 = 1.2e-2;
 
-fn op(
+pub(super) fn op(
     name: &str,
     inputs: &[(usize, f64)],
     bound: f64,
@@ -32,13 +32,13 @@ fn op(
     }
 }
 
-fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
+pub(super) fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
     let count = tensor.dims().iter().product::<usize>();
     tensor.reshape([count])
 }
 
 /// Packed rows of `length` tokens: the first row in three documents, the others whole.
-fn packed(rows: usize, length: usize) -> Packing {
+pub(super) fn packed(rows: usize, length: usize) -> Packing {
     let mut starts = vec![vec![0]; rows];
     starts[0] = vec![0, length / 5, length / 2 + 1];
     Packing::new(length, starts).unwrap_or_else(|_| Packing::whole_rows(rows, length))
@@ -150,6 +150,7 @@ pub fn all() -> Vec<Op> {
         }
     }
     let whole = |rows, length| Some(Packing::whole_rows(rows, length));
+    all.extend(super::halves::all());
     all.push(attention_case(
         "causal",
         [2, 200, 4, 2, 64],
@@ -188,14 +189,20 @@ fn rope_case(batch: usize, tokens: usize, heads: usize, size: usize) -> Op {
     let name = format!("rope {batch}×{tokens}×{heads}×{size}");
     let count = batch * tokens * heads * size;
     op(&name, &[(count, 1.0)], ROUNDED, move |x| {
-        let table = |of: fn(f64) -> f64| -> Tensor<2> {
-            let angles = (0..tokens * size / 2).map(|i| of(0.37 * i as f64) as f32);
-            let data = TensorData::new(angles.collect::<Vec<f32>>(), [tokens, size / 2]);
-            Tensor::from_data(data, (&plain(&x[0]), DType::F32))
-        };
+        let (cos, sin) = angles(&x[0], tokens, size);
         let t: Tensor<4> = x[0].clone().reshape([batch, tokens, heads, size]);
-        flat(rope(t, table(f64::cos), table(f64::sin)))
+        flat(rope(t, cos, sin))
     })
+}
+
+/// cos and sin of some angles for `tokens` positions, where x lives: `[N, E/2]` f32 each.
+pub(super) fn angles(x: &Tensor<1>, tokens: usize, size: usize) -> (Tensor<2>, Tensor<2>) {
+    let table = |of: fn(f64) -> f64| -> Tensor<2> {
+        let angles = (0..tokens * size / 2).map(|i| of(0.37 * i as f64) as f32);
+        let data = TensorData::new(angles.collect::<Vec<f32>>(), [tokens, size / 2]);
+        Tensor::from_data(data, (&plain(x), DType::F32))
+    };
+    (table(f64::cos), table(f64::sin))
 }
 
 fn attention_case(
@@ -238,7 +245,7 @@ fn ints(ids: Vec<i64>, device: &Device) -> Tensor<1, Int> {
 
 /// AdamW in f32 on both sides, a skipped step with NaN, and the sum of squares.
 pub fn optimizer(device: &Device) -> Vec<Comparison> {
-    let run = |device: &Device, poisoned: bool| -> [Tensor<1>; 4] {
+    let run = |device: &Device, poisoned: bool| -> [Tensor<1>; 5] {
         let t = |seed| -> Tensor<1> { normal([100_003], 1.0, seed, device, DType::F32) };
         let scalar =
             |x: f32| Tensor::from_data(TensorData::new(vec![x], [1]), (device, DType::F32));
@@ -255,7 +262,7 @@ pub fn optimizer(device: &Device) -> Vec<Comparison> {
         let grad = if poisoned { t(4) * f32::NAN } else { t(4) };
         let sum = square_sum(t(4));
         let keep = if poisoned { 0.0 } else { 1.0 };
-        let (w, m) = adamw_step(
+        let (w, m, copy) = adamw_step(
             t(1),
             moments,
             grad,
@@ -265,13 +272,23 @@ pub fn optimizer(device: &Device) -> Vec<Comparison> {
             scalar(0.5),
             scalar(keep),
             &hyper,
+            true,
         );
-        [w, m.first, m.second, sum]
+        // The copy holds the weights rounded once: compared through what it differs by.
+        let rounded = cast(copy.expect("asked for"), DType::F32);
+        let exact = cast(cast(w.clone(), DType::BF16), DType::F32);
+        [w, m.first, m.second, sum, rounded - exact]
     };
     let host = Device::flex();
     let mut all = vec![];
     for (name, poisoned) in [("AdamW", false), ("AdamW, skipped", true)] {
         let (ours, reference) = (run(device, poisoned), run(&host, poisoned));
+        let copy = values(&ours[4]).iter().all(|difference| *difference == 0.0);
+        all.push(Comparison {
+            name: format!("{name}: bf16 copy"),
+            error: if copy { 0.0 } else { f64::INFINITY },
+            bound: 0.0,
+        });
         for (part, (a, b)) in ["weights", "mean", "square", "Σ g²"]
             .iter()
             .zip(ours.iter().zip(&reference))

@@ -2,6 +2,7 @@
 
 mod cases;
 mod compare;
+mod halves;
 mod system;
 
 pub use compare::{Comparison, Op, compare};

@@ -4,6 +4,7 @@ pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;
+pub mod flat;
 pub mod linear;
 pub mod rms_norm;
 pub mod rope;

@@ -37,9 +37,10 @@ extern "C" __global__ void rms_norm_forward_block(u16 *y, const u16 *x, const vo
     norm_forward<false>(y, x, w, w_f32, rows, k, eps);
 }
 
-// With x̂ = x r: dx = r (w dy − x̂ mean(w dy x̂)); partial[group] = Σ over the group's rows of dy x̂.
+// With x̂ = x r: dx = r (w dy − x̂ mean(w dy x̂)), plus `residual` if given; partial[group] = Σ over the
+// group's rows of dy x̂. With `y`, the forward's result is written again.
 template <bool WARP>
-__device__ void norm_backward(u16 *dx, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, int rows, int k, float eps) {
+__device__ void norm_backward(u16 *dx, u16 *y, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, const u16 *residual, int rows, int k, float eps) {
     __shared__ float shared[32];
     __shared__ float shared2[32];
     const int per_block = WARP ? blockDim.x / 32 : 1;
@@ -49,8 +50,10 @@ __device__ void norm_backward(u16 *dx, float *partial, const u16 *x, const void 
     F8 gain = {}, sum = {};
     if (in) gain = load8_as(w, c, w_f32);
     for (int row = group; row < rows; row += groups) {
-        F8 v = {}, d = {};
-        if (in) v = load8(x + (u64)row * k + c), d = load8(dy + (u64)row * k + c);
+        const u64 at = (u64)row * k + c;
+        F8 v = {}, d = {}, add = {};
+        if (in) v = load8(x + at), d = load8(dy + at);
+        if (in && residual) add = load8(residual + at);
         float s = 0.f, t = 0.f;
 #pragma unroll
         for (int j = 0; j < 8; j++) s += v.v[j] * v.v[j], t += v.v[j] * d.v[j] * gain.v[j];
@@ -58,21 +61,23 @@ __device__ void norm_backward(u16 *dx, float *partial, const u16 *x, const void 
         t = group_sum<WARP>(t, shared2);
         const float r = rsqrtf(s / k + eps);
         const float along = r * r * r * t / k;
-        F8 g;
+        F8 g, n;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             sum.v[j] += d.v[j] * v.v[j] * r;
-            g.v[j] = r * d.v[j] * gain.v[j] - v.v[j] * along;
+            g.v[j] = r * d.v[j] * gain.v[j] - v.v[j] * along + add.v[j];
+            n.v[j] = v.v[j] * (r * gain.v[j]);
         }
-        if (in) store8(dx + (u64)row * k + c, g);
+        if (in) store8(dx + at, g);
+        if (in && y) store8(y + at, n);
     }
     if (in) store8(partial + (u64)group * k + c, sum);
 }
 
-extern "C" __global__ void rms_norm_backward_warp(u16 *dx, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, int rows, int k, float eps) {
-    norm_backward<true>(dx, partial, x, w, w_f32, dy, rows, k, eps);
+extern "C" __global__ void rms_norm_backward_warp(u16 *dx, u16 *y, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, const u16 *residual, int rows, int k, float eps) {
+    norm_backward<true>(dx, y, partial, x, w, w_f32, dy, residual, rows, k, eps);
 }
 
-extern "C" __global__ void rms_norm_backward_block(u16 *dx, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, int rows, int k, float eps) {
-    norm_backward<false>(dx, partial, x, w, w_f32, dy, rows, k, eps);
+extern "C" __global__ void rms_norm_backward_block(u16 *dx, u16 *y, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, const u16 *residual, int rows, int k, float eps) {
+    norm_backward<false>(dx, y, partial, x, w, w_f32, dy, residual, rows, k, eps);
 }

@@ -1,0 +1,129 @@
+//! Matrix products that end in SwiGLU, for Hopper GPUs (`source/hopper.cu`): what the separate kernels
+//! read and write between product and activation stays in registers.
+
+use burn::tensor::DType;
+use cudarc::driver::sys;
+
+use super::gemm::Matrix;
+use super::stream::{Arg, Context};
+
+/// As in the source: rows and columns of a tile, its depth, stages of shared memory.
+const TILE: usize = 128;
+const DEPTH: usize = 64;
+const STAGES: usize = 6;
+
+/// Columns of each of the two matrices in a tile of the forward product.
+const HALF: usize = 64;
+
+/// Bytes of shared memory: two tiles a stage, and what aligns the first.
+const SHARED: usize = STAGES * 2 * TILE * DEPTH * 2 + 1024;
+
+/// Threads of a block: a warpgroup that loads, two that multiply.
+const THREADS: u32 = 384;
+
+/// `[rows, columns]` bf16 in boxes of `height` × 64, in the swizzle that the kernels expect.
+fn map(matrix: &Matrix, height: usize) -> Result<Arg, String> {
+    use sys::{
+        CUtensorMapDataType::*, CUtensorMapFloatOOBfill::*, CUtensorMapInterleave::*,
+        CUtensorMapL2promotion::*, CUtensorMapSwizzle::*,
+    };
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    let extents = [matrix.columns as u64, matrix.rows as u64];
+    let strides = [(matrix.ld * 2) as u64];
+    let (part, steps) = ([DEPTH as u32, height as u32], [1, 1]);
+    // SAFETY: the arrays have as many entries as the rank asks for; the address is one of a buffer that
+    // the caller holds until the product is done.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            matrix.at as *mut _,
+            extents.as_ptr(),
+            strides.as_ptr(),
+            part.as_ptr(),
+            steps.as_ptr(),
+            CU_TENSOR_MAP_INTERLEAVE_NONE,
+            CU_TENSOR_MAP_SWIZZLE_128B,
+            CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()
+    .map_err(|e| format!("tensor map of {matrix:?}: {e}"))?;
+    Ok(Arg::Map(map.opaque))
+}
+
+/// Whether the kernels take operands like these: bf16, row-major, whole tiles, aligned.
+fn fits(cx: &mut Context, matrices: &[&Matrix], outputs: &[u64], k: usize, f: usize) -> bool {
+    let sound = |m: &&Matrix| {
+        m.dtype == DType::BF16 && !m.transposed && m.at % 16 == 0 && m.ld.is_multiple_of(8)
+    };
+    cx.is_hopper()
+        && k.is_multiple_of(DEPTH)
+        && f.is_multiple_of(TILE)
+        && outputs.iter().all(|at| at % 16 == 0)
+        && matrices.iter().all(sound)
+}
+
+impl Context<'_> {
+    /// gate and up side by side `[T, 2F]` into `pair` and `Z = silu(gate) ∘ up` `[T, F]` into `z`, with
+    /// gate = x `gate`ᵀ and up = x `up`ᵀ: x `[T, D]`, gate, up `[F, D]`. Returns whether there is a kernel
+    /// for them; else nothing was done.
+    pub fn gated_product(
+        &mut self,
+        x: Matrix,
+        (gate, up): (Matrix, Matrix),
+        (pair, z): (u64, u64),
+    ) -> Result<bool, String> {
+        let (k, f) = (x.columns, gate.rows);
+        if !fits(self, &[&x, &gate, &up], &[pair, z], k, f) {
+            return Ok(false);
+        }
+        let args = [
+            map(&x, TILE)?,
+            map(&gate, HALF)?,
+            map(&up, HALF)?,
+            Arg::Ptr(pair),
+            Arg::Ptr(z),
+            Arg::Int(x.rows as i32),
+            Arg::Int(f as i32),
+            Arg::Int(k as i32),
+        ];
+        self.launch_clusters("product_gated", &args)
+    }
+
+    /// Back through SwiGLU from dy, with dZ = dy `down`: the gradients of gate and up side by side
+    /// `[T, 2F]` into `dpair`, Z again into `z` `[T, F]`. dy `[T, D]`, down `[D, F]`, pair `[T, 2F]`. Returns
+    /// whether there is a kernel for them; else nothing was done.
+    pub fn gated_product_backward(
+        &mut self,
+        dy: Matrix,
+        down: Matrix,
+        pair: u64,
+        (dpair, z): (u64, u64),
+    ) -> Result<bool, String> {
+        let (k, f) = (dy.columns, down.columns);
+        if !fits(self, &[&dy, &down], &[pair, dpair, z], k, f) {
+            return Ok(false);
+        }
+        let args = [
+            map(&dy, TILE)?,
+            map(&down, DEPTH)?,
+            Arg::Ptr(dpair),
+            Arg::Ptr(z),
+            Arg::Ptr(pair),
+            Arg::Int(dy.rows as i32),
+            Arg::Int(f as i32),
+            Arg::Int(k as i32),
+        ];
+        self.launch_clusters("product_gated_backward", &args)
+    }
+
+    /// One block on each multiprocessor, in clusters of two.
+    fn launch_clusters(&mut self, name: &'static str, args: &[Arg]) -> Result<bool, String> {
+        let blocks = self.processors()? / 2 * 2;
+        self.launch_shared(name, (blocks, 1, 1), THREADS, SHARED as u32, args)?;
+        Ok(true)
+    }
+}

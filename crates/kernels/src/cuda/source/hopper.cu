@@ -1,0 +1,295 @@
+// Matrix products with SwiGLU in their last step, for Hopper: TMA, wgmma, one producer and two consumer
+// warpgroups that take turns, so that one multiplies while the other finishes its tile.
+//
+// C = A B over tiles of 128 × 128 × 64, bf16 in, f32 sums. A: [M, K] row-major, K a multiple of 64, F of
+// 128. Shared memory holds STAGES pairs of tiles in TMA's 128-byte swizzle.
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+constexpr int TILE = 128, DEPTH = 64, STAGES = 6;
+constexpr int TILE_BYTES = TILE * DEPTH * 2;
+constexpr int GROUP = 8; // pairs of tiles of A that share their way through B
+
+__device__ __forceinline__ u32 shared_at(const void *p) {
+    return (u32)__cvta_generic_to_shared(p);
+}
+
+__device__ __forceinline__ void barrier_init(u32 at, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 at) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 at, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 at, u32 phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra done;\n"
+        "bra again;\n"
+        "done:\n"
+        "}\n" ::"r"(at),
+        "r"(phase)
+        : "memory");
+}
+
+// The box of `map` at (x, y), x along memory.
+__device__ __forceinline__ void load_box(u32 to, const TensorMap *map, int x, int y, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y) : "memory");
+}
+
+// Matrix descriptors of wgmma: address, leading and stride byte offsets in units of 16, 128-byte swizzle.
+__device__ __forceinline__ u64 descriptor(u32 at, u32 leading, u32 stride) {
+    return (u64)((at & 0x3ffff) >> 4) | (u64)leading << 16 | (u64)stride << 32 | (u64)1 << 62;
+}
+
+// sum[64] += A (64 × 16) B (16 × 128); TRANSPOSED: B's rows lie along memory.
+template <int TRANSPOSED>
+__device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b) {
+    asm volatile(
+        "{\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, 1, 1, 1, 0, %66;\n"
+        "}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "l"(a), "l"(b), "n"(TRANSPOSED));
+}
+
+// Keeps the compiler from moving uses of the sums across the asynchronous products.
+__device__ __forceinline__ void fence_sums(float (&d)[64]) {
+#pragma unroll
+    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// A quad's four lanes hold two neighbouring columns each of four blocks of eight; afterwards lane q holds
+// all eight of block q. v[i]: bf16 pair of block i.
+__device__ __forceinline__ uint4 gather_block(u32 v0, u32 v1, u32 v2, u32 v3) {
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    const u32 p = __shfl_xor_sync(~0u, odd ? v0 : v1, 1), q = __shfl_xor_sync(~0u, odd ? v2 : v3, 1);
+    const u32 a0 = odd ? p : v0, a1 = odd ? v1 : p, b0 = odd ? q : v2, b1 = odd ? v3 : q;
+    const u32 r0 = __shfl_xor_sync(~0u, high ? a0 : b0, 2), r1 = __shfl_xor_sync(~0u, high ? a1 : b1, 2);
+    return high ? make_uint4(r0, r1, b0, b1) : make_uint4(a0, a1, r0, r1);
+}
+
+// Columns 32 g + 8 q .. + 8 of a row: which = 0 the thread's first row, 1 the row eight below.
+__device__ __forceinline__ uint4 row_block(const float (&d)[64], int g, int which) {
+    u32 v[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int at = (4 * g + i) * 4 + 2 * which;
+        v[i] = pack(d[at], d[at + 1]);
+    }
+    return gather_block(v[0], v[1], v[2], v[3]);
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 r;
+    asm volatile("mov.u32 %0, %cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Arrives at the barrier that lies at `at` in block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_in(u32 at, u32 rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}\n" ::"r"(at),
+        "r"(rank)
+        : "memory");
+}
+
+// load_box into both blocks of the cluster, at the same place and barrier of each.
+__device__ __forceinline__ void load_box_for_both(u32 to, const TensorMap *map, int x, int y, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "h"((u16)3) : "memory");
+}
+
+enum { GATED = 0, GATED_BACKWARD = 1 };
+
+// GATED. B: two matrices [F, K] row-major, N = 2 F; a tile holds 64 columns of each. out0 ← gate and up
+//   side by side [M, 2F], out1 ← Z = silu(gate) ∘ up [M, F].
+// GATED_BACKWARD. B: [K, F] row-major, C = dZ, N = F. in: gate and up side by side; out0 ← their gradients,
+//   out1 ← Z.
+//
+// The two blocks of a cluster take tiles one below the other; each loads half of the B that both use.
+template <int FORM>
+__device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap *map_b0, const TensorMap *map_b1, u16 *out0, u16 *out1, const u16 *in, int m, int f, int k) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    __shared__ __align__(8) u64 barriers[2 * STAGES + 2];
+    const u32 tiles = (shared_at(memory) + 1023) & ~1023u;
+    // turn[w] opens when consumer w may multiply: it must not look at a stage that the other has yet to
+    // use, since a barrier knows the parity of its phase only.
+    const u32 full = shared_at(barriers), empty = full + 8 * STAGES, turn = empty + 8 * STAGES;
+    const int group = threadIdx.x / 128;
+    const u32 rank = cluster_rank();
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, 2);
+        barrier_init(turn, 1), barrier_init(turn + 8, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    cluster_sync();
+    const int blocks = k / DEPTH;
+    const int across = FORM == GATED ? f / 64 : f / TILE, down = (m + 2 * TILE - 1) / (2 * TILE);
+    const int all = across * down, clusters = gridDim.x / 2;
+    // Pairs of tiles go down GROUP rows, then to the next column.
+    auto place = [&](int tile, int &row, int &column) {
+        const int band = tile / (GROUP * across), within = tile % (GROUP * across);
+        const int rows = min(GROUP, down - band * GROUP);
+        row = 2 * (band * GROUP + within % rows) + rank, column = within / rows;
+    };
+    if (group == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == 0) {
+            int stage = 0;
+            u32 phase = 1;
+            for (int tile = blockIdx.x / 2; tile < all; tile += clusters) {
+                int row, column;
+                place(tile, row, column);
+                for (int b = 0; b < blocks; b++) {
+                    barrier_wait(empty + 8 * stage, phase);
+                    const u32 here = full + 8 * stage, a = tiles + stage * 2 * TILE_BYTES;
+                    const u32 to = a + TILE_BYTES + rank * (TILE_BYTES / 2);
+                    barrier_expect(here, 2 * TILE_BYTES);
+                    load_box(a, map_a, b * DEPTH, row * TILE, here);
+                    if (FORM == GATED)
+                        load_box_for_both(to, rank ? map_b1 : map_b0, b * DEPTH, column * 64, here);
+                    else
+                        load_box_for_both(to, map_b0, column * TILE + 64 * rank, b * DEPTH, here);
+                    if (++stage == STAGES) stage = 0, phase ^= 1;
+                }
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        const int own = group - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+        u32 step = 0; // blocks of all tiles before this one
+        u32 opened = own ^ 1;
+        for (int tile = blockIdx.x / 2, next = 0; tile < all; tile += clusters, next ^= 1, step += blocks) {
+            if (next != own) continue;
+            int row, column;
+            place(tile, row, column);
+            // Four passes over the tile's rows: this thread's line of pass i.
+            auto line = [&](int i) { return (u64)(row * TILE + i / 2 * 64 + warp * 16 + lane / 4 + i % 2 * 8); };
+            uint4 gate[4], up[4];
+            const u64 c = column * TILE + 8 * (lane % 4);
+            auto fetch = [&](int i) {
+                const u64 at = min(line(i), (u64)m - 1) * 2 * f + c;
+#pragma unroll
+                for (int g = 0; g < 4; g++) {
+                    gate[g] = *(const uint4 *)(in + at + 32 * g);
+                    up[g] = *(const uint4 *)(in + at + f + 32 * g);
+                }
+            };
+            if (FORM == GATED_BACKWARD) fetch(0); // arrives while the other consumer multiplies
+            barrier_wait(turn + 8 * own, opened);
+            opened ^= 1;
+            float sums[2][64];
+#pragma unroll
+            for (int i = 0; i < 64; i++) sums[0][i] = 0.f, sums[1][i] = 0.f;
+            auto release = [&](u32 at) {
+                if (thread < 2) barrier_arrive_in(empty + 8 * (at % STAGES), thread);
+            };
+            for (int b = 0; b < blocks; b++) {
+                const u32 at = step + b, stage = at % STAGES, phase = at / STAGES & 1;
+                barrier_wait(full + 8 * stage, phase);
+                const u32 a = tiles + stage * 2 * TILE_BYTES, c = a + TILE_BYTES;
+                fence_sums(sums[0]), fence_sums(sums[1]);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                // 16 along K: 32 bytes of a row of A and of a row-major B; 16 rows of a B that is not.
+                constexpr int TRANSPOSED = FORM == GATED_BACKWARD;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const u64 db = TRANSPOSED ? descriptor(c + i * 2048, 512, 64) : descriptor(c + i * 32, 1, 64);
+                    multiply<TRANSPOSED>(sums[0], descriptor(a + i * 32, 1, 64), db);
+                    multiply<TRANSPOSED>(sums[1], descriptor(a + 8192 + i * 32, 1, 64), db);
+                }
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                fence_sums(sums[0]), fence_sums(sums[1]);
+                // At most this block's products are not done.
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                if (b > 0) release(at - 1);
+            }
+            if (thread == 0) barrier_arrive(turn + 8 * (own ^ 1));
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            fence_sums(sums[0]), fence_sums(sums[1]);
+            release(step + blocks - 1);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const u64 l = line(i);
+                const bool in_range = l < m;
+                if (FORM == GATED) {
+#pragma unroll
+                    for (int g = 0; g < 2; g++) {
+                        const int c = column * 64 + 32 * g + 8 * (lane % 4);
+                        const uint4 x = row_block(sums[i / 2], g, i % 2), y = row_block(sums[i / 2], g + 2, i % 2);
+                        const F8 gate = unpack(x), up = unpack(y);
+                        F8 z;
+#pragma unroll
+                        for (int j = 0; j < 8; j++) z.v[j] = gate.v[j] * sigmoid(gate.v[j]) * up.v[j];
+                        if (in_range) {
+                            *(uint4 *)(out0 + l * 2 * f + c) = x;
+                            *(uint4 *)(out0 + l * 2 * f + f + c) = y;
+                            store8(out1 + l * f + c, z);
+                        }
+                    }
+                } else {
+                    F8 x[4], y[4];
+#pragma unroll
+                    for (int g = 0; g < 4; g++) x[g] = unpack(gate[g]), y[g] = unpack(up[g]);
+                    if (i < 3) fetch(i + 1);
+#pragma unroll
+                    for (int g = 0; g < 4; g++) {
+                        const F8 dz = unpack(row_block(sums[i / 2], g, i % 2));
+                        F8 dx, dy, z;
+                        swiglu_all(x[g], y[g], dz, dx, dy, z);
+                        if (in_range) {
+                            store8(out0 + l * 2 * f + c + 32 * g, dx);
+                            store8(out0 + l * 2 * f + f + c + 32 * g, dy);
+                            store8(out1 + l * f + c + 32 * g, z);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    // No block leaves while the other may still write to it.
+    __syncwarp();
+    cluster_sync();
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_gated(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, u16 *pair, u16 *z, int m, int f, int k) {
+    product<GATED>(&a, &gate, &up, pair, z, nullptr, m, f, k);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_gated_backward(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap down, u16 *dpair, u16 *z, const u16 *pair, int m, int f, int k) {
+    product<GATED_BACKWARD>(&dy, &down, &down, dpair, z, pair, m, f, k);
+}
+
+#endif

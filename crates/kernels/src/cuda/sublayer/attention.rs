@@ -1,0 +1,335 @@
+//! The attention half.
+
+use burn::tensor::{DType, Tensor};
+
+use super::mlp::gradient;
+use super::stacked::{Stacked, split};
+use crate::AttentionSpec;
+use crate::cuda::attention::{Call, Extents};
+use crate::cuda::gemm::Matrix;
+use crate::cuda::heads::Heads;
+use crate::cuda::norm::{BackwardAt, Norm};
+use crate::cuda::stream::{Buffer, on_stream};
+use crate::function::{Forward, Function, Value, apply};
+use crate::fused::AttentionWeights;
+
+/// See [`crate::fused::attention_sublayer`].
+pub fn attention(
+    x: &Tensor<3>,
+    w: &AttentionWeights,
+    (cos, sin): (&Tensor<2>, &Tensor<2>),
+    spec: &AttentionSpec,
+) -> Option<Tensor<3>> {
+    let like = Buffer::of(x)?;
+    Norm::of(&like, &Buffer::of(w.norm)?, w.eps)?;
+    let matrices = [w.q, w.k, w.v, w.o];
+    let bf16 = matrices.iter().all(|m| m.dtype() == DType::BF16);
+    let half = Attention {
+        eps: w.eps,
+        size: w.head_size,
+        qk_norm: w.qk_norm.is_some(),
+        spec: spec.clone(),
+        cos: cos.clone(),
+        sin: sin.clone(),
+    };
+    let heads = half.heads(w.q.dims()[0], w.k.dims()[0]);
+    heads.check(w.qk_norm.is_some())?;
+    let [batch, tokens, _] = x.dims();
+    // Both directions have the same forms, so one tells.
+    Call::new(&heads.extents(batch, tokens), spec, &like, false)?;
+    let absent = || Tensor::zeros([1], (&x.device().without_autodiff(), DType::F32));
+    let (q_gain, k_gain) = match w.qk_norm {
+        Some((q, k)) => (q.clone(), k.clone()),
+        None => (absent(), absent()),
+    };
+    let inputs = [
+        x.clone().into(),
+        w.norm.clone().into(),
+        w.q.clone().into(),
+        w.k.clone().into(),
+        w.v.clone().into(),
+        w.o.clone().into(),
+        q_gain.into(),
+        k_gain.into(),
+    ];
+    bf16.then(|| apply(half, inputs).tensor())
+}
+
+#[derive(Debug)]
+struct Attention {
+    eps: f64,
+    /// E
+    size: usize,
+    qk_norm: bool,
+    spec: AttentionSpec,
+    cos: Tensor<2>,
+    sin: Tensor<2>,
+}
+
+impl Attention {
+    fn heads(&self, queries: usize, keys: usize) -> Heads {
+        Heads {
+            heads: queries / self.size,
+            groups: keys / self.size,
+            size: self.size,
+            eps: self.eps as f32,
+        }
+    }
+}
+
+/// Everything the passes read, on the device.
+struct Inputs {
+    x: Buffer,
+    gain: Buffer,
+    q: Buffer,
+    k: Buffer,
+    v: Buffer,
+    o: Buffer,
+    gains: [Buffer; 2],
+    cos: Buffer,
+    sin: Buffer,
+    norm: Norm,
+    heads: Heads,
+    extents: Extents,
+}
+
+impl Inputs {
+    fn new(half: &Attention, [x, gain, q, k, v, o, q_gain, k_gain]: [Value; 8]) -> Self {
+        let of = "checked before the operation was chosen";
+        let matrix = |m: Value| Buffer::of(&m.tensor::<2>()).expect(of);
+        let vector = |m: Value| Buffer::of(&m.tensor::<1>()).expect(of);
+        let x = Buffer::of(&x.tensor::<3>()).expect(of);
+        let gain = vector(gain);
+        let (q, k, v, o) = (matrix(q), matrix(k), matrix(v), matrix(o));
+        let heads = half.heads(q.dims()[0], k.dims()[0]);
+        Self {
+            norm: Norm::of(&x, &gain, half.eps).expect(of),
+            extents: heads.extents(x.dims()[0], x.dims()[1]),
+            heads,
+            x,
+            gain,
+            q,
+            k,
+            v,
+            o,
+            gains: [vector(q_gain), vector(k_gain)],
+            cos: Buffer::of(&half.cos).expect(of),
+            sin: Buffer::of(&half.sin).expect(of),
+        }
+    }
+
+    /// In the order that [`at`] names.
+    fn reads(&self) -> Vec<&Buffer> {
+        let [q_gain, k_gain] = &self.gains;
+        vec![
+            &self.x, &self.gain, &self.q, &self.k, &self.v, &self.o, q_gain, k_gain, &self.cos,
+            &self.sin,
+        ]
+    }
+
+    fn rows(&self) -> [usize; 3] {
+        let (h, g) = (self.heads.heads, self.heads.groups);
+        [h, g, g].map(|heads| heads * self.heads.size)
+    }
+
+    fn weights(&self, from: &[u64]) -> Stacked {
+        Stacked::new(&from[at::Q..at::O], &self.rows(), self.norm.width)
+    }
+
+    fn bf16(&self, at: u64, columns: usize) -> Matrix {
+        Matrix::new(at, self.norm.rows, columns, DType::BF16)
+    }
+
+    /// H·E
+    fn mixed(&self) -> usize {
+        self.heads.heads * self.heads.size
+    }
+
+    /// Addresses of q, k and v in rows that begin at `at`.
+    fn qkv(&self, at: u64) -> [u64; 3] {
+        let [q, k, _] = self.rows();
+        [at, at + 2 * q as u64, at + 2 * (q + k) as u64]
+    }
+}
+
+/// Places in [`Inputs::reads`].
+mod at {
+    pub const X: usize = 0;
+    pub const GAIN: usize = 1;
+    pub const Q: usize = 2;
+    pub const O: usize = 5;
+    pub const Q_GAIN: usize = 6;
+    pub const K_GAIN: usize = 7;
+    pub const COS: usize = 8;
+    pub const SIN: usize = 9;
+    pub const END: usize = 10;
+}
+
+#[derive(Clone, Debug)]
+struct Saved {
+    inputs: [Value; 8],
+    /// Queries, keys and values as attention saw them: `[T, S]`.
+    qkv: Buffer,
+    /// The same before the norms of the heads, where there are such norms.
+    raw: Option<Buffer>,
+    /// `[T, H·E]`
+    mixed: Buffer,
+    log_sum_exp: Buffer,
+}
+
+impl Function<8> for Attention {
+    type Saved = Saved;
+
+    fn forward(&self, inputs: [Value; 8]) -> Forward<Saved> {
+        let i = Inputs::new(self, inputs.clone());
+        let (t, d, s) = (i.norm.rows, i.norm.width, i.heads.row());
+        let call = Call::new(&i.extents, &self.spec, &i.x, false)
+            .expect("checked before the operation was chosen");
+        let y = i.x.empty(i.x.dims(), DType::BF16);
+        let n = i.x.empty([t, d], DType::BF16);
+        let qkv = i.x.empty([t, s], DType::BF16);
+        let raw = self.qk_norm.then(|| i.x.empty([t, s], DType::BF16));
+        let mixed = i.x.empty([t, i.mixed()], DType::BF16);
+        let sums = i.x.empty(call.statistics(&i.extents), DType::F32);
+        let mut reads = i.reads();
+        reads.extend(&call.documents);
+        let mut writes = vec![&y, &n, &qkv, &mixed, &sums];
+        writes.extend(&raw);
+        on_stream(&reads, &writes, |cx, from, to| {
+            i.norm.forward(cx, to[1], from[at::X], from[at::GAIN])?;
+            let projected = to.get(5).copied().unwrap_or(to[2]);
+            let n = i.bf16(to[1], d);
+            i.weights(from).forward(cx, n, i.bf16(projected, s))?;
+            let tables = (from[at::COS], from[at::SIN]);
+            let gains = (from[at::Q_GAIN], from[at::K_GAIN]);
+            match self.qk_norm {
+                false => i.heads.rotate(cx, to[2], &i.extents, tables, 1.0)?,
+                true => i.heads.norm_rotate(
+                    cx,
+                    (to[2], projected),
+                    &i.extents,
+                    tables,
+                    (gains, &i.gains[0]),
+                )?,
+            }
+            let [q, k, v] = i.qkv(to[2]);
+            let addresses = vec![q, k, v, to[3], to[4]];
+            call.run(cx, addresses, from.get(at::END).copied())?;
+            let w = Matrix::new(from[at::O], d, i.mixed(), DType::BF16);
+            let (mixed, y) = (i.bf16(to[3], i.mixed()), i.bf16(to[0], d));
+            cx.gemm_onto(mixed, w.t(), y, from[at::X], 1.0, 1.0)
+        });
+        Forward {
+            output: y.tensor::<3>().into(),
+            extra: vec![],
+            saved: Saved {
+                inputs,
+                qkv,
+                raw,
+                mixed,
+                log_sum_exp: sums,
+            },
+        }
+    }
+
+    fn backward(self, saved: Saved, dy: Value, _: [bool; 8]) -> [Option<Value>; 8] {
+        let i = Inputs::new(&self, saved.inputs);
+        let (t, d, s, m) = (i.norm.rows, i.norm.width, i.heads.row(), i.mixed());
+        let call = Call::new(&i.extents, &self.spec, &i.x, true)
+            .expect("checked before the operation was chosen");
+        let dy = gradient(dy);
+        let dx = i.x.empty(i.x.dims(), DType::BF16);
+        let dgain = i.x.empty([d], DType::F32);
+        let dw = i.x.empty([s, d], DType::F32);
+        let dwo = i.x.empty([d, m], DType::F32);
+        let dqkv = i.x.empty([t, s], DType::BF16);
+        // The gradient of the mixed values; of n.
+        let dmixed = i.x.empty([t, m], DType::BF16);
+        let dn = i.x.empty([t, d], DType::BF16);
+        let n = i.x.empty([t, d], DType::BF16);
+        let partial = i.norm.partial(&i.x);
+        let head_gains = i.x.empty([2, self.size], DType::F32);
+        let head_partial = i.heads.partial(&i.x);
+        let scratch = call.scratch(&i.extents, &i.x);
+        let mut reads = i.reads();
+        reads.extend([&saved.qkv, &saved.mixed, &saved.log_sum_exp, &dy]);
+        reads.extend(&saved.raw);
+        reads.extend(&call.documents);
+        let mut writes = vec![
+            &dx,
+            &dgain,
+            &dw,
+            &dwo,
+            &dqkv,
+            &dmixed,
+            &dn,
+            &n,
+            &partial,
+            &head_gains,
+            &head_partial,
+        ];
+        writes.extend(&scratch);
+        on_stream(&reads, &writes, |cx, from, to| {
+            let [qkv, mixed, sums, dy] = [0, 1, 2, 3].map(|k| from[at::END + k]);
+            let mut more = from[at::END + 4..].iter().copied();
+            let raw = if self.qk_norm { more.next() } else { None };
+            let documents = more.next();
+            let dy_rows = i.bf16(dy, d);
+            let wo = Matrix::new(from[at::O], d, m, DType::BF16);
+            cx.gemm(dy_rows, wo, i.bf16(to[5], m), 1.0, 0.0)?;
+            let dwo = Matrix::new(to[3], d, m, DType::F32);
+            cx.gemm(dy_rows.t(), i.bf16(mixed, m), dwo, 1.0, 0.0)?;
+
+            let [q, k, v] = i.qkv(qkv);
+            let [dq, dk, dv] = i.qkv(to[4]);
+            let mut addresses = vec![q, k, v, mixed, sums, to[5], dq, dk, dv];
+            addresses.extend(&to[11..]);
+            call.run(cx, addresses, documents)?;
+            let tables = (from[at::COS], from[at::SIN]);
+            let gains = (from[at::Q_GAIN], from[at::K_GAIN]);
+            match raw {
+                None => i.heads.rotate(cx, to[4], &i.extents, tables, -1.0)?,
+                Some(raw) => i.heads.norm_rotate_backward(
+                    cx,
+                    (to[4], raw),
+                    &i.extents,
+                    tables,
+                    (gains, &i.gains[0]),
+                    (to[9], to[10]),
+                )?,
+            }
+
+            let dqkv = i.bf16(to[4], s);
+            i.weights(from).input_gradient(cx, dqkv, i.bf16(to[6], d))?;
+            let norm = BackwardAt {
+                x: from[at::X],
+                weight: from[at::GAIN],
+                dy: to[6],
+                residual: dy,
+                dx: to[0],
+                dw: to[1],
+                y: to[7],
+                partial: to[8],
+            };
+            i.norm.backward(cx, &norm)?;
+            let dw = Matrix::new(to[2], s, d, DType::F32);
+            cx.gemm(dqkv.t(), i.bf16(to[7], d), dw, 1.0, 0.0)
+        });
+        let [dq, dk, dv] = split(dw, i.rows());
+        let gains = head_gains.tensor::<2>();
+        let head_gain = |which: usize| -> Option<Value> {
+            let gain = gains.clone().slice([which..which + 1]);
+            self.qk_norm.then(|| gain.reshape([self.size]).into())
+        };
+        [
+            Some(dx.tensor::<3>().into()),
+            Some(dgain.tensor::<1>().into()),
+            Some(dq.into()),
+            Some(dk.into()),
+            Some(dv.into()),
+            Some(dwo.tensor::<2>().into()),
+            head_gain(0),
+            head_gain(1),
+        ]
+    }
+}

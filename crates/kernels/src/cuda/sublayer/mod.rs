@@ -1,0 +1,10 @@
+//! Halves of a decoder block, fused: see [`crate::fused`] for what they compute.
+//!
+//! T = B·N tokens, S = (H + 2 G) E: queries, keys and values of a token lie in one row.
+
+mod attention;
+mod mlp;
+mod stacked;
+
+pub use attention::attention;
+pub use mlp::{gated, mlp};

@@ -1,0 +1,257 @@
+//! The halves of a block as one operation, against the same maths composed of single ones.
+//!
+//! Where the GPU would not take the fused form, the result is not a number and the comparison fails.
+
+use burn::tensor::{DType, Tensor};
+
+use super::cases::{CHAIN, angles, flat, op, packed};
+use super::compare::Op;
+use crate::fused::{AttentionWeights, GateWeights, attention_sublayer, gated, mlp_sublayer};
+use crate::{AttentionSpec, Packing, attention, linear, rms_norm, rope, swiglu};
+
+const EPS: f64 = 1e-6;
+
+/// All cases.
+pub fn all() -> Vec<Op> {
+    let causal = Half {
+        batch: 2,
+        tokens: 200,
+        width: 96,
+        heads: 4,
+        groups: 2,
+        size: 64,
+        window: None,
+        packing: None,
+        qk_norm: false,
+        joined: false,
+    };
+    let packing = packed(2, 200);
+    vec![
+        causal.clone().attention("causal"),
+        Half {
+            joined: true,
+            ..causal.clone()
+        }
+        .attention("one matrix"),
+        Half {
+            window: Some(48),
+            groups: 4,
+            joined: true,
+            ..causal.clone()
+        }
+        .attention("window 48"),
+        Half {
+            size: 128,
+            heads: 2,
+            width: 1024,
+            packing: Some(packing.clone()),
+            ..causal.clone()
+        }
+        .attention("documents"),
+        Half {
+            qk_norm: true,
+            ..causal.clone()
+        }
+        .attention("normed heads"),
+        Half {
+            qk_norm: true,
+            packing: Some(packing),
+            window: Some(30),
+            size: 128,
+            ..causal.clone()
+        }
+        .attention("normed heads, documents, window"),
+        mlp(2, 101, 96, 264, false),
+        mlp(1, 130, 1024, 128, true),
+        mlp(3, 333, 192, 384, false),
+        gate(2, 101, 96, 264),
+    ]
+}
+
+/// One attention half.
+#[derive(Clone)]
+struct Half {
+    batch: usize,
+    tokens: usize,
+    width: usize,
+    heads: usize,
+    groups: usize,
+    size: usize,
+    window: Option<usize>,
+    packing: Option<Packing>,
+    qk_norm: bool,
+    /// Whether the projections lie in one buffer, as a unit's parameters do.
+    joined: bool,
+}
+
+impl Half {
+    fn attention(self, name: &str) -> Op {
+        let Self {
+            batch,
+            tokens,
+            width,
+            heads,
+            groups,
+            size,
+            ..
+        } = self;
+        let name =
+            format!("attention half, {name}, {batch}×{tokens}×{width}, {heads}/{groups}×{size}");
+        let (queries, keys) = (heads * size, groups * size);
+        let scale = (width as f64).powf(-0.5);
+        let projections = match self.joined {
+            true => vec![((queries + 2 * keys) * width, scale)],
+            false => [queries, keys, keys]
+                .map(|rows| (rows * width, scale))
+                .to_vec(),
+        };
+        let mut inputs = vec![(batch * tokens * width, 1.0), (width, 1.0)];
+        inputs.push((width * queries, (queries as f64).powf(-0.5)));
+        inputs.extend([(size, 1.0); 2].iter().filter(|_| self.qk_norm));
+        inputs.extend(projections);
+        op(&name, &inputs, CHAIN, move |x| self.run(x))
+    }
+
+    fn run(&self, inputs: &[Tensor<1>]) -> Tensor<1> {
+        let (width, size) = (self.width, self.size);
+        let (queries, keys) = (self.heads * size, self.groups * size);
+        let x: Tensor<3> = inputs[0].clone().reshape([self.batch, self.tokens, width]);
+        let norm = inputs[1].clone();
+        let o: Tensor<2> = inputs[2].clone().reshape([width, queries]);
+        let mut rest = inputs[3..].iter().cloned();
+        let gains = self
+            .qk_norm
+            .then(|| [(); 2].map(|()| rest.next().expect("two gains")));
+        let mut rows = [queries, keys, keys].into_iter();
+        let whole = rest.clone().next().expect("projections");
+        let mut from = 0;
+        let mut matrix = || -> Tensor<2> {
+            let count = rows.next().expect("three projections");
+            let flat = match self.joined {
+                true => whole.clone().slice([from * width..(from + count) * width]),
+                false => rest.next().expect("three projections"),
+            };
+            from += count;
+            flat.reshape([count, width])
+        };
+        let (q, k, v) = (matrix(), matrix(), matrix());
+        let (cos, sin) = angles(&inputs[0], self.tokens, size);
+        let spec = AttentionSpec {
+            window: self.window,
+            scale: (size as f64).powf(-0.5),
+            query_offset: 0,
+            packing: self.packing.clone(),
+        };
+        let weights = AttentionWeights {
+            norm: &norm,
+            q: &q,
+            k: &k,
+            v: &v,
+            o: &o,
+            qk_norm: gains.as_ref().map(|[q, k]| (q, k)),
+            head_size: size,
+            eps: EPS,
+        };
+        let fused = attention_sublayer(&x, &weights, (&cos, &sin), &spec);
+        if let Some(y) = fused {
+            return flat(y);
+        }
+        let normed = rms_norm(x.clone(), norm.clone(), EPS);
+        let heads = |w: &Tensor<2>, count: usize| -> Tensor<4> {
+            linear(normed.clone(), w.clone()).reshape([self.batch, self.tokens, count, size])
+        };
+        let (mut a, mut b, c) = (
+            heads(&q, self.heads),
+            heads(&k, self.groups),
+            heads(&v, self.groups),
+        );
+        if let Some([q_gain, k_gain]) = gains {
+            (a, b) = (rms_norm(a, q_gain, EPS), rms_norm(b, k_gain, EPS));
+        }
+        let a = rope(a, cos.clone(), sin.clone());
+        let b = rope(b, cos, sin);
+        let mixed: Tensor<3> = attention(a, b, c, spec).reshape([self.batch, self.tokens, queries]);
+        composed(flat(x + linear(mixed, o)))
+    }
+}
+
+/// What the operations composed give; on a GPU, where it stands for a fused form that was not taken,
+/// not a number.
+fn composed(y: Tensor<1>) -> Tensor<1> {
+    match y.dtype() {
+        DType::BF16 => y * f32::NAN,
+        _ => y,
+    }
+}
+
+fn mlp(batch: usize, tokens: usize, width: usize, inner: usize, joined: bool) -> Op {
+    let name = format!("MLP half, {batch}×{tokens}×{width}, {inner}");
+    let scale = (width as f64).powf(-0.5);
+    let mut inputs = vec![
+        (batch * tokens * width, 1.0),
+        (width, 1.0),
+        (width * inner, (inner as f64).powf(-0.5)),
+    ];
+    match joined {
+        true => inputs.push((2 * inner * width, scale)),
+        false => inputs.extend([(inner * width, scale); 2]),
+    }
+    op(&name, &inputs, CHAIN, move |x| {
+        let down: Tensor<2> = x[2].clone().reshape([width, inner]);
+        let matrix = |i: usize| -> Tensor<2> {
+            let part = inner * width;
+            let flat = match joined {
+                true => x[3].clone().slice([i * part..(i + 1) * part]),
+                false => x[3 + i].clone(),
+            };
+            flat.reshape([inner, width])
+        };
+        let (gate, up) = (matrix(0), matrix(1));
+        let weights = GateWeights {
+            norm: &x[1],
+            gate: &gate,
+            up: &up,
+            eps: EPS,
+        };
+        let t: Tensor<3> = x[0].clone().reshape([batch, tokens, width]);
+        if let Some(y) = mlp_sublayer(&t, &weights, &down) {
+            return flat(y);
+        }
+        let normed = rms_norm(t.clone(), x[1].clone(), EPS);
+        let z = swiglu(
+            linear(normed.clone(), gate.clone()),
+            linear(normed, up.clone()),
+        );
+        composed(flat(t + linear(z, down)))
+    })
+}
+
+fn gate(batch: usize, tokens: usize, width: usize, inner: usize) -> Op {
+    let name = format!("gate and up, {batch}×{tokens}×{width}, {inner}");
+    let scale = (width as f64).powf(-0.5);
+    let inputs = [
+        (batch * tokens * width, 1.0),
+        (width, 1.0),
+        (inner * width, scale),
+        (inner * width, scale),
+    ];
+    op(&name, &inputs, CHAIN, move |x| {
+        let [gate, up] =
+            [2, 3].map(|i: usize| -> Tensor<2> { x[i].clone().reshape([inner, width]) });
+        let weights = GateWeights {
+            norm: &x[1],
+            gate: &gate,
+            up: &up,
+            eps: EPS,
+        };
+        let t: Tensor<3> = x[0].clone().reshape([batch, tokens, width]);
+        if let Some(z) = gated(&t, &weights) {
+            return flat(z);
+        }
+        let normed = rms_norm(t, x[1].clone(), EPS);
+        composed(flat(swiglu(
+            linear(normed.clone(), gate.clone()),
+            linear(normed, up.clone()),
+        )))
+    })
+}
