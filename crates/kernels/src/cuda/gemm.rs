@@ -7,6 +7,8 @@ use burn::tensor::{DType, Tensor};
 use cudarc::cublaslt::{result as lt, sys};
 
 use super::stream::{Buffer, Context};
+use super::{profile, scratch};
+use crate::work::Work;
 
 /// cuBLAS's advice for Hopper.
 const WORKSPACE: usize = 32 << 20;
@@ -132,6 +134,28 @@ struct Key {
     aligned: bool,
 }
 
+impl Key {
+    /// For a profile.
+    fn described(&self) -> (String, Option<Work>) {
+        let Self { m, n, k, batch, .. } = *self;
+        let turned = |t: bool| if t { "ᵀ" } else { "" };
+        let (a, b) = (turned(self.a.1), turned(self.b.1));
+        let to = match self.c.2 {
+            DType::BF16 => "",
+            DType::F32 => " f32",
+            _ => " ?",
+        };
+        let sum = if self.accumulates { " +=" } else { "" };
+        let times = match batch {
+            1 => String::new(),
+            _ => format!("{batch} x "),
+        };
+        let flops = 2.0 * (batch * m) as f64 * (n * k) as f64;
+        let name = format!("gemm {times}{m}x{k}x{n}, A{a} B{b} ->{sum}{to}");
+        (name, Some(Work::Flops(flops)))
+    }
+}
+
 struct Plan {
     desc: sys::cublasLtMatmulDesc_t,
     a: sys::cublasLtMatrixLayout_t,
@@ -161,9 +185,7 @@ impl Gemms {
             return Err("libcublasLt was not found: install CUDA's cuBLAS or the wheel nvidia-cublas and put its folder on LD_LIBRARY_PATH".into());
         }
         let handle = lt::create_handle().map_err(failed("create"))?;
-        // SAFETY: a context is current on the device thread; the memory is kept for good.
-        let workspace = unsafe { cudarc::driver::result::malloc_sync(WORKSPACE) }
-            .map_err(|e| format!("cuBLASLt workspace of {WORKSPACE} bytes: {e}"))?;
+        let workspace = scratch::allocate(WORKSPACE, "cuBLASLt")?; // kept for good
         Ok(*self.opened.insert((handle, workspace)))
     }
 
@@ -316,28 +338,34 @@ impl Context<'_> {
         let (handle, workspace) = self.gemms.opened()?;
         let stream = self.stream;
         let plan = self.gemms.plan(handle, key)?;
-        // SAFETY: the plan's objects live; the addresses belong to buffers that the caller holds and
-        // whose extents the layouts describe; all work is on one stream, so the workspace is free.
-        unsafe {
-            lt::matmul(
-                handle,
-                plan.desc,
-                (&raw const alpha).cast(),
-                (&raw const beta).cast(),
-                b.at as *const c_void,
-                plan.a,
-                a.at as *const c_void,
-                plan.b,
-                c.at as *const c_void,
-                plan.c,
-                c.at as *mut c_void,
-                plan.c,
-                &plan.algo,
-                workspace as *mut c_void,
-                WORKSPACE,
-                stream.cast(),
-            )
-        }
-        .map_err(failed("matmul"))
+        profile::timed(
+            stream,
+            || key.described(),
+            || {
+                // SAFETY: the plan's objects live; the addresses belong to buffers that the caller holds and
+                // whose extents the layouts describe; all work is on one stream, so the workspace is free.
+                unsafe {
+                    lt::matmul(
+                        handle,
+                        plan.desc,
+                        (&raw const alpha).cast(),
+                        (&raw const beta).cast(),
+                        b.at as *const c_void,
+                        plan.a,
+                        a.at as *const c_void,
+                        plan.b,
+                        c.at as *const c_void,
+                        plan.c,
+                        c.at as *mut c_void,
+                        plan.c,
+                        &plan.algo,
+                        workspace as *mut c_void,
+                        WORKSPACE,
+                        stream.cast(),
+                    )
+                }
+                .map_err(failed("matmul"))
+            },
+        )
     }
 }

@@ -17,6 +17,8 @@ pub mod gemm;
 pub mod linear;
 pub mod norm;
 pub mod pointwise;
+pub mod profile;
+pub mod scratch;
 pub mod stream;
 pub mod ttt;
 
