@@ -8,6 +8,8 @@ use ttt_train::config::DeviceKind;
 use ttt_train::interop::ExportDtype;
 use ttt_train::run::Resume;
 
+use crate::gpu::BenchArgs;
+
 /// Pretrain, resume, evaluate and sample In-Place Test-Time-Training language models.
 #[derive(Debug, Parser)]
 #[command(version, arg_required_else_help = true)]
@@ -37,22 +39,6 @@ pub enum Command {
     Doctor,
     /// Rates of single operations and of training steps, one JSON line each.
     Bench(BenchArgs),
-}
-
-#[derive(Debug, clap::Args)]
-pub struct BenchArgs {
-    /// Measured steps of each training run.
-    #[arg(long, default_value_t = 8)]
-    pub steps: u64,
-    /// Measure only runs whose name contains this. Repeatable.
-    #[arg(long, value_name = "PART")]
-    pub only: Vec<String>,
-    /// Leave out the single operations.
-    #[arg(long)]
-    pub no_micro: bool,
-    /// Recompute activations in the backward pass.
-    #[arg(long)]
-    pub recompute: bool,
 }
 
 #[derive(Debug, Subcommand)]

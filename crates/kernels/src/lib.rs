@@ -15,15 +15,20 @@
 //! | C | tokens of a TTT chunk |
 
 pub mod bench;
+pub mod clock;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod doctor;
 pub mod dtype;
 pub mod function;
 pub mod fused;
+pub mod memory;
 pub mod ops;
 pub mod packing;
+pub mod profile;
+pub mod reference;
 pub mod testing;
+pub mod work;
 
 pub use ops::attention::{AttentionSpec, attention};
 pub use ops::cross_entropy::{linear_cross_entropy, token_losses};

@@ -1,6 +1,8 @@
 //! Initial values: a function of the run's seed and the parameter's name alone, so that they do not
 //! depend on the number of ranks, their order or the device.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, Normal};
@@ -22,6 +24,31 @@ pub fn initial_values(spec: &ParamSpec, seed: u64) -> Vec<f32> {
             values
         }
     }
+}
+
+/// [`initial_values`] of several parameters, on all of the machine's cores.
+pub fn initial_values_of(specs: &[ParamSpec], seed: u64) -> Vec<Vec<f32>> {
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let next = AtomicUsize::new(0);
+    let mut values = vec![vec![]; specs.len()];
+    let made: Vec<(usize, Vec<f32>)> = std::thread::scope(|scope| {
+        let work = || {
+            let indices = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
+            let mine = indices.map_while(|i| Some((i, initial_values(specs.get(i)?, seed))));
+            mine.collect::<Vec<_>>()
+        };
+        let threads: Vec<_> = (0..workers.min(specs.len()))
+            .map(|_| scope.spawn(work))
+            .collect();
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().expect("drawing numbers does not panic"))
+            .collect()
+    });
+    for (i, made) in made {
+        values[i] = made;
+    }
+    values
 }
 
 fn normals(name: &str, seed: u64, std: f64) -> impl Iterator<Item = f32> {
@@ -57,6 +84,18 @@ mod tests {
         let variance = a.iter().map(|v| f64::from(v * v)).sum::<f64>() / a.len() as f64;
         // 4096 draws: the sample deviation lies within 5 of its own standard errors (1.1 % each).
         assert!((variance.sqrt() / 0.02 - 1.0).abs() < 0.055);
+    }
+
+    #[test]
+    fn several_parameters_get_the_values_of_each() {
+        let specs: Vec<ParamSpec> = (0..9)
+            .map(|i| spec(&format!("p{i}"), Init::Normal(0.02)))
+            .collect();
+        let together = initial_values_of(&specs, 7);
+        assert_eq!(together.len(), 9);
+        for (spec, values) in specs.iter().zip(&together) {
+            assert_eq!(*values, initial_values(spec, 7), "{}", spec.name);
+        }
     }
 
     #[test]

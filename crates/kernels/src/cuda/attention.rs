@@ -9,6 +9,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use super::attention_graph::{Key, backward_plan, forward_plan};
 use super::cudnn::{Graph, Library, Plan};
+use super::scratch;
 use super::stream::{Buffer, Context, on_stream};
 use crate::ops::attention::AttentionSpec;
 use crate::packing::Packing;
@@ -44,19 +45,12 @@ impl Attentions {
             }
         };
         if plan.workspace > self.workspace.1 {
-            // SAFETY: the old memory may still be in use by queued work: wait, then free it once.
-            unsafe {
-                if self.workspace.0 != 0 {
-                    cudarc::driver::result::stream::synchronize(stream)
-                        .map_err(|e| format!("cuDNN workspace: {e}"))?;
-                    cudarc::driver::result::free_sync(self.workspace.0)
-                        .map_err(|e| format!("cuDNN workspace: {e}"))?;
-                    self.workspace = (0, 0);
-                }
-                let at = cudarc::driver::result::malloc_sync(plan.workspace)
-                    .map_err(|e| format!("cuDNN workspace of {} bytes: {e}", plan.workspace))?;
-                self.workspace = (at, plan.workspace);
+            let (at, bytes) = std::mem::take(&mut self.workspace);
+            if at != 0 {
+                scratch::release(at, bytes, stream)?;
             }
+            let at = scratch::allocate(plan.workspace, "cuDNN")?;
+            self.workspace = (at, plan.workspace);
         }
         plan.run(library, stream, addresses, self.workspace.0)
     }

@@ -5,6 +5,7 @@
 //! strides of our `[B, N, H, E]`; B counts documents where rows are packed.
 
 use super::cudnn::{DataType, Extents, Graph, Mode, Node, Plan, Reduce};
+use crate::work::Work;
 
 const F32: DataType = DataType::CUDNN_DATA_FLOAT;
 const BF16: DataType = DataType::CUDNN_DATA_BFLOAT16;
@@ -39,6 +40,37 @@ pub struct Key {
     pub packed: bool,
     /// Which pass.
     pub backward: bool,
+}
+
+impl Key {
+    /// For a profile. What documents of unknown lengths take is not known.
+    fn described(&self) -> (String, Option<Work>) {
+        let pass = if self.backward { "backward" } else { "forward" };
+        let Self {
+            batch,
+            queries,
+            heads,
+            groups,
+            size,
+            ..
+        } = *self;
+        let window = match self.window {
+            Some(window) => format!(" window {window}"),
+            None => String::new(),
+        };
+        let rows = if self.packed {
+            "documents of at most "
+        } else {
+            ""
+        };
+        let name =
+            format!("attention {pass} {batch}x{rows}{queries} {heads}/{groups}x{size}{window}");
+        let (n, w) = (queries as f64, self.window.unwrap_or(queries) as f64);
+        let pairs = (batch * heads) as f64 * (w * n - w * (w - 1.0) / 2.0);
+        let per_pair = 4.0 * size as f64 * if self.backward { 2.5 } else { 1.0 };
+        let known = !self.packed && self.queries == self.keys;
+        (name, known.then_some(Work::Flops(pairs * per_pair)))
+    }
 }
 
 /// Elements before each document in the tensors of a packed batch, and its length: `[B + 1]`, `[B]`.
@@ -109,7 +141,8 @@ impl<'a> Scores<'a> {
         if let Some(d) = self.documents {
             all.extend([d.queries, d.keys, d.outputs, d.statistics, d.length]);
         }
-        self.graph.plan(&all)
+        let (name, work) = self.key.described();
+        Ok(self.graph.plan(&all)?.named(name, work))
     }
 
     fn tensor(

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use cudarc::driver::{result as driver, sys};
 use cudarc::nvrtc::{result as nvrtc, sys as nvrtc_sys};
 
+use super::profile;
 use super::stream::{Arg, Context};
+use crate::work::Work;
 
 /// All sources, one program.
 pub const SOURCE: &str = concat!(
@@ -168,19 +170,47 @@ pub fn compile(source: &str, architecture: &str) -> Result<Vec<u8>, String> {
     Ok(image)
 }
 
+/// The bytes of all buffers among `args`, as if each were read or written once; `None` if one points
+/// into the middle of a buffer, of which it then uses an unknown part.
+fn touched(extents: &[(u64, u64)], args: &[Arg]) -> Option<Work> {
+    let mut bytes = 0;
+    for arg in args {
+        match arg {
+            Arg::Ptr(0) => {}
+            Arg::Ptr(at) => bytes += extents.iter().find(|(from, _)| from == at)?.1,
+            _ => {}
+        }
+    }
+    Some(Work::Bytes(bytes as f64))
+}
+
 impl Context<'_> {
     /// Writes zeros over `bytes`.
     pub fn zero(&mut self, at: u64, bytes: usize) -> Result<(), String> {
-        // SAFETY: the range lies in a buffer that the caller holds.
-        unsafe { driver::memset_d8_async(at, 0, bytes, self.stream) }
-            .map_err(|e| format!("clearing {bytes} bytes: {e}"))
+        let work = Work::Bytes(bytes as f64);
+        profile::timed(
+            self.stream,
+            || ("zero".into(), Some(work)),
+            || {
+                // SAFETY: the range lies in a buffer that the caller holds.
+                unsafe { driver::memset_d8_async(at, 0, bytes, self.stream) }
+                    .map_err(|e| format!("clearing {bytes} bytes: {e}"))
+            },
+        )
     }
 
     /// Copies `bytes` on the device.
     pub fn copy(&mut self, to: u64, from: u64, bytes: usize) -> Result<(), String> {
-        // SAFETY: both ranges lie in buffers that the caller holds.
-        unsafe { driver::memcpy_dtod_async(to, from, bytes, self.stream) }
-            .map_err(|e| format!("copying {bytes} bytes: {e}"))
+        let work = Work::Bytes(2.0 * bytes as f64);
+        profile::timed(
+            self.stream,
+            || ("copy".into(), Some(work)),
+            || {
+                // SAFETY: both ranges lie in buffers that the caller holds.
+                unsafe { driver::memcpy_dtod_async(to, from, bytes, self.stream) }
+                    .map_err(|e| format!("copying {bytes} bytes: {e}"))
+            },
+        )
     }
 
     /// Multiprocessors of the GPU.
@@ -244,19 +274,26 @@ impl Context<'_> {
                 Arg::Map(v) => (v as *const [u64; 16]).cast_mut().cast(),
             })
             .collect();
-        // SAFETY: the caller passes the arguments of the kernel's declaration; their memory is held
-        // by the buffers of `on_stream`.
-        unsafe {
-            driver::launch_kernel(
-                function,
-                grid,
-                (threads, 1, 1),
-                shared,
-                self.stream,
-                &mut pointers,
-            )
-        }
-        .map_err(|e| format!("launch of {name}: {e}"))
+        let (stream, extents) = (self.stream, &self.extents);
+        profile::timed(
+            stream,
+            || (name.into(), touched(extents, args)),
+            || {
+                // SAFETY: the caller passes the arguments of the kernel's declaration; their memory is
+                // held by the buffers of `on_stream`.
+                unsafe {
+                    driver::launch_kernel(
+                        function,
+                        grid,
+                        (threads, 1, 1),
+                        shared,
+                        stream,
+                        &mut pointers,
+                    )
+                }
+                .map_err(|e| format!("launch of {name}: {e}"))
+            },
+        )
     }
 
     /// Launches an element-wise kernel: enough blocks of 256 to fill the GPU, at most one thread per

@@ -13,6 +13,9 @@ pub use sys::cudnnDataType_t as DataType;
 pub use sys::cudnnPointwiseMode_t as Mode;
 pub use sys::cudnnReduceTensorOp_t as Reduce;
 
+use super::profile;
+use crate::work::Work;
+
 type Raw = sys::cudnnBackendDescriptor_t;
 
 fn check(status: sys::cudnnStatus_t, what: &str) -> Result<(), String> {
@@ -448,6 +451,9 @@ pub struct Plan {
     scalars: Vec<(i64, Box<f32>)>,
     /// Bytes of scratch memory that a run needs.
     pub workspace: usize,
+    /// What a profile calls it.
+    name: String,
+    work: Option<Work>,
 }
 
 impl Plan {
@@ -470,7 +476,14 @@ impl Plan {
             bound: bound.iter().map(|node| node.id).collect(),
             scalars,
             workspace: bytes.max(0) as usize,
+            name: "cuDNN".into(),
+            work: None,
         })
+    }
+
+    /// The same plan under a name, with what it does, for a profile.
+    pub fn named(self, name: String, work: Option<Work>) -> Self {
+        Self { name, work, ..self }
     }
 
     /// Issues the plan on `stream` with the bound tensors at `addresses`.
@@ -517,14 +530,19 @@ impl Plan {
             &workspace,
         )?;
         finalize(pack, "arguments")?;
-        // SAFETY: the stream is live; the plan's tensors are at the addresses, which the caller holds.
-        let status = unsafe {
-            cudnn::set_stream(library.handle, stream.cast())
-                .map_err(|e| format!("cuDNN: {e:?}"))?;
-            sys::cudnnBackendExecute(library.handle, self.raw, pack)
-        };
+        let describe = || (self.name.clone(), self.work);
+        let done = profile::timed(stream, describe, || {
+            // SAFETY: the stream is live; the plan's tensors are at the addresses, which the caller
+            // holds.
+            let status = unsafe {
+                cudnn::set_stream(library.handle, stream.cast())
+                    .map_err(|e| format!("cuDNN: {e:?}"))?;
+                sys::cudnnBackendExecute(library.handle, self.raw, pack)
+            };
+            check(status, "run")
+        });
         // SAFETY: destroyed once, after use.
         let _ = unsafe { sys::cudnnBackendDestroyDescriptor(pack) };
-        check(status, "run")
+        done
     }
 }

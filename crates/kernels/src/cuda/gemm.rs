@@ -13,6 +13,8 @@ use cudarc::driver::result as driver;
 use cudarc::driver::sys::{CUevent_flags, CUstream};
 
 use super::stream::{Buffer, Context};
+use super::{profile, scratch};
+use crate::work::Work;
 
 /// cuBLAS's advice for Hopper.
 const WORKSPACE: usize = 32 << 20;
@@ -154,6 +156,28 @@ struct Key {
     aligned: bool,
 }
 
+impl Key {
+    /// For a profile.
+    fn described(&self) -> (String, Option<Work>) {
+        let Self { m, n, k, batch, .. } = *self;
+        let turned = |t: bool| if t { "ᵀ" } else { "" };
+        let (a, b) = (turned(self.a.1), turned(self.b.1));
+        let to = match self.c.2 {
+            DType::BF16 => "",
+            DType::F32 => " f32",
+            _ => " ?",
+        };
+        let sum = if self.accumulates { " +=" } else { "" };
+        let times = match batch {
+            1 => String::new(),
+            _ => format!("{batch} x "),
+        };
+        let flops = 2.0 * (batch * m) as f64 * (n * k) as f64;
+        let name = format!("gemm {times}{m}x{k}x{n}, A{a} B{b} ->{sum}{to}");
+        (name, Some(Work::Flops(flops)))
+    }
+}
+
 struct Plan {
     desc: sys::cublasLtMatmulDesc_t,
     a: sys::cublasLtMatrixLayout_t,
@@ -197,9 +221,7 @@ impl Gemms {
             return Err("libcublasLt was not found: install CUDA's cuBLAS or the wheel nvidia-cublas and put its folder on LD_LIBRARY_PATH".into());
         }
         let handle = lt::create_handle().map_err(failed("create"))?;
-        // SAFETY: a context is current on the device thread; the memory is kept for good.
-        let workspace = unsafe { cudarc::driver::result::malloc_sync(WORKSPACE) }
-            .map_err(|e| format!("cuBLASLt workspace of {WORKSPACE} bytes: {e}"))?;
+        let workspace = scratch::allocate(WORKSPACE, "cuBLASLt")?; // kept for good
         Ok(*self.opened.insert((handle, workspace)))
     }
 
@@ -471,6 +493,10 @@ impl Context<'_> {
         if plan.algos.len() > 1 && repeatable && !fixed {
             plan.race(opened, &operands, stream)?;
         }
-        plan.run(opened, &plan.algos[0], &operands, stream)
+        profile::timed(
+            stream,
+            || key.described(),
+            || plan.run(opened, &plan.algos[0], &operands, stream),
+        )
     }
 }

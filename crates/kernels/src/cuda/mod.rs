@@ -20,6 +20,8 @@ mod hopper;
 pub mod linear;
 pub mod norm;
 pub mod pointwise;
+pub mod profile;
+pub mod scratch;
 pub mod stream;
 pub mod sublayer;
 pub mod ttt;

@@ -13,14 +13,19 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl_common::device_handle::{CallResultExt, DeviceHandle};
 use cubecl_environment::backtrace::BackTrace;
 use cubecl_environment::stream::StreamId;
+use cubecl_server::memory_management::{MemoryScope, StreamMemoryReport};
 use cubecl_server::runtime::Runtime;
-use cubecl_server::server::{BufferBinding, ServerError, ServerStorage};
+use cubecl_server::server::{BufferBinding, Server, ServerError, ServerStorage};
 use cubecl_server::stream::{FailureStore, WriteScoped};
 use cudarc::driver::sys::CUstream;
 
 use super::attention::Attentions;
 use super::compile::Kernels;
 use super::gemm::Gemms;
+use super::profile;
+use super::scratch;
+use crate::memory::{self, Usage};
+use crate::reference;
 
 type CudaServer = <cubecl::cuda::CudaRuntime as Runtime>::Server;
 
@@ -36,6 +41,9 @@ impl Buffer {
 
     /// `tensor` as it lies, possibly a transposed view.
     pub fn strided<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        if reference::is_on() {
+            return None;
+        }
         let tensor = match tensor.is_autodiff() {
             true => tensor.clone().inner(),
             false => tensor.clone(),
@@ -45,9 +53,18 @@ impl Buffer {
 
     /// The same for integers.
     pub fn of_ints<const D: usize>(tensor: &Tensor<D, Int>) -> Option<Self> {
+        if reference::is_on() {
+            return None;
+        }
         let plain = tensor.clone().try_into_primitive::<Cube>();
         let plain = plain.or_else(|_| tensor.clone().inner().try_into_primitive::<Cube>());
         plain.ok().map(|t| Self(into_contiguous(t)))
+    }
+
+    /// A little memory on `device`, by which work finds its stream; `None` on another backend.
+    pub fn probe(device: &Device) -> Option<Self> {
+        let tensor = Tensor::<1>::empty([1], (&device.clone().without_autodiff(), DType::F32));
+        tensor.try_into_primitive::<Cube>().ok().map(Self)
     }
 
     /// Unwritten memory on the same device.
@@ -112,6 +129,8 @@ pub struct Context<'a> {
     pub kernels: &'a mut Kernels,
     /// cuDNN's plans of the device thread.
     pub attentions: &'a mut Attentions,
+    /// Address and bytes of every buffer of this call, while a profile is taken.
+    pub extents: Vec<(u64, u64)>,
 }
 
 /// One kernel argument.
@@ -164,6 +183,35 @@ pub fn on_stream(
         .unwrap_or_resume();
 }
 
+/// What Burn's allocator holds on `device`, all streams together; `None` on another backend.
+pub fn usage(device: &Device) -> Option<Usage> {
+    let client = Buffer::probe(device)?.0.client;
+    let report = client.memory_report(MemoryScope::Device);
+    Some(total(&report.streams))
+}
+
+fn usage_of(server: &mut CudaServer) -> Usage {
+    let streams = Server::stream_ids(server).into_iter();
+    let reports: Vec<_> = streams
+        .filter_map(|id| Server::memory_report(server, id))
+        .collect();
+    total(&reports)
+}
+
+/// Without the staging buffers beside the pools, which are the host's memory.
+fn total(reports: &[StreamMemoryReport]) -> Usage {
+    let mut sum = Usage {
+        scratch: scratch::held(),
+        ..Usage::default()
+    };
+    for report in reports {
+        let usage = report.pools.usage();
+        sum.tensors += usage.bytes_in_use;
+        sum.pools += usage.bytes_reserved;
+    }
+    sum
+}
+
 fn issue_on(
     server: &mut CudaServer,
     stream: StreamId,
@@ -182,10 +230,21 @@ fn issue_on(
     let (pinned_reads, pinned_writes) = (pin(reads)?, pin(writes)?);
     let from: Vec<u64> = pinned_reads.iter().map(|r| r.resource().ptr).collect();
     let to: Vec<u64> = pinned_writes.iter().map(|w| w.resource().ptr).collect();
+    if memory::is_watched() {
+        memory::seen(usage_of(server).allocated());
+    }
     // Then the stream, ordered after every producer on other streams.
     let mut streams =
         WriteScoped::write_streams(server).resolve(stream, reads.iter().chain(writes))?;
     let stream = streams.current().sys;
+    let extents = match profile::is_on() {
+        true => pinned_reads
+            .iter()
+            .chain(&pinned_writes)
+            .map(|pinned| (pinned.resource().ptr, pinned.resource().size))
+            .collect(),
+        false => vec![],
+    };
     STATE
         .with_borrow_mut(|(gemms, kernels, attentions)| {
             let mut context = Context {
@@ -193,6 +252,7 @@ fn issue_on(
                 gemms,
                 kernels,
                 attentions,
+                extents,
             };
             issue(&mut context, &from, &to)
         })

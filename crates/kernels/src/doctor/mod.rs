@@ -6,7 +6,7 @@ mod halves;
 mod system;
 
 pub use compare::{Comparison, Op, compare};
-pub use system::{Finding, memory_in_use, system};
+pub use system::{Finding, bandwidth, system};
 
 use burn::tensor::Device;
 

@@ -124,26 +124,32 @@ pub fn system() -> Vec<Finding> {
     }]
 }
 
-/// Bytes of the current GPU's memory that are taken, by this program's pools and whoever else uses it.
+/// Bytes per second that the first GPU's memory moves at most; `None` if the driver does not tell.
 #[cfg(feature = "cuda")]
-pub fn memory_in_use() -> Option<u64> {
+pub fn bandwidth() -> Option<f64> {
     use cudarc::driver::{result as driver, sys};
+    use sys::CUdevice_attribute::*;
     // SAFETY: only asks whether the library can be opened.
     if !unsafe { sys::is_culib_present() } {
         return None;
     }
     driver::init().ok()?;
     let device = driver::device::get(0).ok()?;
-    // SAFETY: `device` is valid; the context is the one that Burn uses, which stays.
-    let context = unsafe { driver::primary_ctx::retain(device) }.ok()?;
-    // SAFETY: `context` is live.
-    unsafe { driver::ctx::set_current(context) }.ok()?;
-    let (free, total) = driver::mem_get_info().ok()?;
-    Some((total - free) as u64)
+    // SAFETY: `device` is valid.
+    let (kilohertz, bits) = unsafe {
+        (
+            driver::device::get_attribute(device, CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE).ok()?,
+            driver::device::get_attribute(device, CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)
+                .ok()?,
+        )
+    };
+    // Two transfers per clock.
+    let rate = 2.0 * f64::from(kilohertz) * 1e3 * f64::from(bits) / 8.0;
+    (rate > 0.0).then_some(rate)
 }
 
 /// Not known without CUDA.
 #[cfg(not(feature = "cuda"))]
-pub fn memory_in_use() -> Option<u64> {
+pub fn bandwidth() -> Option<f64> {
     None
 }

@@ -1,0 +1,179 @@
+//! How long work takes on the GPU: events between the operations of Burn's stream.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::tensor::Device;
+use cudarc::driver::result::{DriverError, event};
+use cudarc::driver::sys::{CUevent, CUevent_flags, CUstream};
+
+use super::stream::{Buffer, on_stream};
+use crate::profile::Timed;
+use crate::work::Work;
+
+fn failed(what: &str) -> impl Fn(DriverError) -> String + '_ {
+    move |e| format!("{what} a CUDA event: {e}")
+}
+
+/// An event recorded on `stream`.
+fn record(stream: CUstream) -> Result<CUevent, String> {
+    let made = event::create(CUevent_flags::CU_EVENT_DEFAULT).map_err(failed("making"))?;
+    // SAFETY: the event was just made, the stream is live.
+    unsafe { event::record(made, stream) }.map_err(failed("recording"))?;
+    Ok(made)
+}
+
+/// Milliseconds from one event to a later one of the same stream; waits for the later one.
+fn between(from: CUevent, to: CUevent) -> Result<f64, String> {
+    // SAFETY: both were recorded on one stream and are destroyed later.
+    unsafe {
+        event::synchronize(to).map_err(failed("waiting for"))?;
+        event::elapsed(from, to)
+    }
+    .map(f64::from)
+    .map_err(failed("reading"))
+}
+
+fn destroy(event: CUevent) {
+    // SAFETY: not used again. A failure leaks a few bytes.
+    let _ = unsafe { event::destroy(event) };
+}
+
+/// Runs `issue` on the device thread with Burn's stream.
+fn on_thread<T: Send>(
+    probe: &Buffer,
+    issue: impl FnOnce(CUstream) -> Result<T, String> + Send,
+) -> Result<T, String> {
+    let mut done = Err("the device thread did not answer".to_string());
+    on_stream(&[], &[probe], |cx, _, _| {
+        done = issue(cx.stream);
+        Ok(())
+    });
+    done
+}
+
+/// Marks in Burn's stream.
+#[derive(Debug)]
+pub struct Events {
+    probe: Buffer,
+    /// Addresses of `CUevent`s, which are used on the device thread alone.
+    marks: Vec<usize>,
+}
+
+impl Events {
+    /// `None` if `device` is no CUDA device.
+    pub fn new(device: &Device) -> Option<Self> {
+        Some(Self {
+            probe: Buffer::probe(device)?,
+            marks: vec![],
+        })
+    }
+
+    /// Marks the end of what has been issued so far.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn mark(&mut self) -> Result<(), String> {
+        let mark = on_thread(&self.probe, |stream| Ok(record(stream)? as usize))?;
+        self.marks.push(mark);
+        Ok(())
+    }
+
+    /// Milliseconds between neighbouring marks, which are forgotten; waits for the last.
+    ///
+    /// # Errors
+    /// If work before the last mark failed.
+    pub fn read(&mut self) -> Result<Vec<f64>, String> {
+        let marks = std::mem::take(&mut self.marks);
+        on_thread(&self.probe, |_| {
+            let events: Vec<CUevent> = marks.iter().map(|&at| at as CUevent).collect();
+            let times = events.windows(2).map(|pair| between(pair[0], pair[1]));
+            let times = times.collect();
+            events.into_iter().for_each(destroy);
+            times
+        })
+    }
+}
+
+static ON: AtomicBool = AtomicBool::new(false);
+
+/// Whether operations are being timed.
+pub fn is_on() -> bool {
+    ON.load(Ordering::Relaxed)
+}
+
+struct Record {
+    name: String,
+    work: Option<Work>,
+    from: CUevent,
+    to: CUevent,
+}
+
+thread_local! {
+    /// Lives on the device thread.
+    static RECORDS: RefCell<Vec<Record>> = const { RefCell::new(vec![]) };
+}
+
+/// Calls `issue`, between two events while a profile is taken. `describe` names the operation and
+/// what it does.
+pub(super) fn timed(
+    stream: CUstream,
+    describe: impl FnOnce() -> (String, Option<Work>),
+    issue: impl FnOnce() -> Result<(), String>,
+) -> Result<(), String> {
+    if !is_on() {
+        return issue();
+    }
+    let from = record(stream)?;
+    issue()?;
+    let to = record(stream)?;
+    let (name, work) = describe();
+    RECORDS.with_borrow_mut(|records| {
+        records.push(Record {
+            name,
+            work,
+            from,
+            to,
+        });
+    });
+    Ok(())
+}
+
+/// Times every operation of this crate that `work` issues on `device`. `None` if it is no CUDA device.
+///
+/// # Errors
+/// If an operation failed.
+pub fn record_operations<T>(
+    device: &Device,
+    work: impl FnOnce() -> T,
+) -> Option<Result<(T, Vec<Timed>), String>> {
+    let probe = Buffer::probe(device)?;
+    // What was issued before is not timed, since the closure runs after it.
+    let begun = on_thread(&probe, |_| {
+        RECORDS.with_borrow_mut(Vec::clear);
+        ON.store(true, Ordering::Relaxed);
+        Ok(())
+    });
+    if let Err(error) = begun {
+        return Some(Err(error));
+    }
+    let done = work();
+    let timed = on_thread(&probe, |_| {
+        ON.store(false, Ordering::Relaxed);
+        let records = RECORDS.take();
+        records
+            .into_iter()
+            .map(|record| {
+                let ms = between(record.from, record.to);
+                destroy(record.from);
+                destroy(record.to);
+                Ok(Timed {
+                    name: record.name,
+                    ms: ms?,
+                    work: record.work,
+                })
+            })
+            .collect()
+    });
+    Some(timed.map(|timed| (done, timed)))
+}
