@@ -9,6 +9,7 @@ use std::ops::Range;
 use burn::tensor::{DType, Device, Tensor};
 use glob::Pattern;
 use ttt_kernels::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
+use ttt_kernels::ops::flat::{Part, joined};
 use ttt_parallel::{CommError, Mesh};
 
 use crate::config::{OnBadGradient, OptimizerConfig};
@@ -107,7 +108,7 @@ impl Updater {
         for (unit, gradient) in units.iter().zip(&gradients) {
             for (range, lr_scale) in self.stretches(unit, rank) {
                 if lr_scale > 0.0 {
-                    squares = squares + square_sum(cut(gradient, &range));
+                    squares = squares + square_sum(&cut_parts(gradient, &range));
                 }
             }
         }
@@ -143,7 +144,7 @@ impl Updater {
     fn update_unit(
         &self,
         unit: &mut UnitState,
-        gradient: Tensor<1>,
+        gradient: Vec<Part>,
         lr: f64,
         step: u64,
         (scale, good): (&Tensor<1>, &Tensor<1>),
@@ -156,7 +157,7 @@ impl Updater {
             adamw_step(
                 master,
                 moments,
-                cut(&gradient, range),
+                cut_parts(&gradient, range),
                 0..decayed.clamp(range.start, range.end) - range.start,
                 lr * lr_scale,
                 step + 1,
@@ -239,6 +240,18 @@ impl Updater {
         let moved = start.clone() + (norm - start).mul_scalar(NORM_FOLLOW);
         let keep = good.clone().equal_scalar(0.0);
         self.mean_norm = moved.mask_where(keep, self.mean_norm.clone());
+    }
+}
+
+/// Elements `range` of parts that lie end to end.
+fn cut_parts(parts: &[Part], range: &Range<usize>) -> Vec<Part> {
+    let len: usize = parts.iter().map(Part::len).sum();
+    match *range == (0..len) {
+        true => parts.to_vec(),
+        false => {
+            let whole = joined(parts.to_vec());
+            vec![Part::Values(cut(&whole, range))]
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use ttt_kernels::dtype::cast;
 use ttt_kernels::ops::adamw::Moments;
-use ttt_kernels::ops::flat::{Part, accumulate};
+use ttt_kernels::ops::flat::{Part, accumulate, joined};
 use ttt_model::{ModelConfig, ParamSpec, Params, Unit};
 use ttt_parallel::{CommError, Mesh};
 
@@ -109,8 +109,9 @@ pub struct UnitState {
     pub moments: Moments,
     /// The shard in the precision that the model computes in, if the update made it.
     copy: Option<Tensor<1>>,
-    /// The gradient summed so far in this step.
-    gradient: Option<Tensor<1>>,
+    /// The gradient summed so far in this step, end to end: as the first backward pass left it, until
+    /// there is something to add.
+    gradient: Option<Vec<Part>>,
     /// The parameters as the model computes with them, until the next update.
     ready: Option<Params>,
 }
@@ -204,27 +205,31 @@ impl UnitState {
         if padding > 0 {
             parts.push(Part::Zeros(padding));
         }
-        let sum = self.gradient.take();
-        self.gradient = Some(match self.layout.shards {
-            1 => accumulate(sum, parts),
-            _ => {
-                let own = mesh.shard.reduce_scatter_sum(accumulate(None, parts))?;
-                accumulate(sum, vec![Part::Values(own)])
-            }
+        if self.layout.shards > 1 {
+            let own = mesh.shard.reduce_scatter_sum(accumulate(None, parts))?;
+            parts = vec![Part::Values(own)];
+        }
+        self.gradient = Some(match self.gradient.take() {
+            Some(sum) => vec![Part::Values(accumulate(Some(joined(sum)), parts))],
+            None => parts,
         });
         Ok(())
     }
 
-    /// Takes the step's gradient, summed over the replicas.
+    /// Takes the step's gradient, summed over the replicas: the shard's elements, end to end.
     ///
     /// # Errors
     /// If a rank is lost.
-    pub fn take_gradient(&mut self, mesh: &Mesh) -> Result<Tensor<1>, CommError> {
-        let own = self
-            .gradient
-            .take()
-            .unwrap_or_else(|| self.master.zeros_like());
-        mesh.replicate.all_reduce_sum(own)
+    pub fn take_gradient(&mut self, mesh: &Mesh) -> Result<Vec<Part>, CommError> {
+        let zeros = || vec![Part::Values(self.master.zeros_like())];
+        let own = self.gradient.take().unwrap_or_else(zeros);
+        match mesh.replicate.size() {
+            1 => Ok(own),
+            _ => {
+                let sum = mesh.replicate.all_reduce_sum(joined(own))?;
+                Ok(vec![Part::Values(sum)])
+            }
+        }
     }
 
     /// Hands out weights and moments to be updated, so that they can be written in place; they come

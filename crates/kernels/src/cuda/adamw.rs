@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 
-use super::norm::sum_partials;
 use super::stream::{Arg, Buffer, on_stream};
 use crate::ops::adamw::{AdamW, Moments};
+use crate::ops::flat::{Part, joined};
 
 fn f32(tensor: &Tensor<1>) -> Option<Buffer> {
     Buffer::of(tensor).filter(|b| b.dtype() == DType::F32)
@@ -27,7 +27,7 @@ fn target(buffer: &Buffer) -> Buffer {
 pub fn step(
     master: Tensor<1>,
     moments: Moments,
-    grad: &Tensor<1>,
+    grad: &[Part],
     decayed: &Range<usize>,
     lr: f64,
     step: u64,
@@ -36,9 +36,9 @@ pub fn step(
     hyper: &AdamW,
     copied: bool,
 ) -> Result<(Tensor<1>, Moments, Option<Tensor<1>>), (Tensor<1>, Moments)> {
-    let inputs = (|| Some([f32(grad)?, f32(scale)?, f32(keep)?]))();
+    let inputs = (|| Some((Gradient::of(grad)?, f32(scale)?, f32(keep)?)))();
     let on_gpu = f32(&master).is_some() && f32(&moments.first).is_some();
-    let (Some([grad, scale, keep]), true) = (inputs, on_gpu) else {
+    let (Some((grad, scale, keep)), true) = (inputs, on_gpu) else {
         return Err((master, moments));
     };
     let n = master.dims()[0];
@@ -65,46 +65,122 @@ pub fn step(
     let copy = copied.then(|| w.empty([n], DType::BF16));
     let mut writes = outputs.each_ref().to_vec();
     writes.extend(&copy);
-    on_stream(
-        &[&w, &m, &v, &grad, &scale, &keep],
-        &writes,
-        |cx, from, to| {
+    let mut reads = vec![&w, &m, &v, &scale, &keep];
+    reads.extend(grad.buffers());
+    on_stream(&reads, &writes, |cx, from, to| {
+        grad.each(&from[5..], |begin, count, at| {
+            let (wide, narrow) = (4 * begin as u64, 2 * begin as u64);
+            let inside =
+                |place: usize| Arg::Size((place.clamp(begin, begin + count) - begin) as u64);
             let args = [
-                Arg::Ptr(to[0]),
-                Arg::Ptr(to[1]),
-                Arg::Ptr(to[2]),
-                Arg::Ptr(to.get(3).copied().unwrap_or(0)),
-                Arg::Ptr(from[0]),
-                Arg::Ptr(from[1]),
-                Arg::Ptr(from[2]),
+                Arg::Ptr(to[0] + wide),
+                Arg::Ptr(to[1] + wide),
+                Arg::Ptr(to[2] + wide),
+                Arg::Ptr(to.get(3).map_or(0, |copy| copy + narrow)),
+                Arg::Ptr(from[0] + wide),
+                Arg::Ptr(from[1] + wide),
+                Arg::Ptr(from[2] + wide),
+                Arg::Ptr(at),
                 Arg::Ptr(from[3]),
                 Arg::Ptr(from[4]),
-                Arg::Ptr(from[5]),
-                Arg::Size(n as u64),
-                Arg::Size(decayed.start as u64),
-                Arg::Size(decayed.end as u64),
+                Arg::Size(count as u64),
+                inside(decayed.start),
+                inside(decayed.end),
                 Arg::Floats(constants),
             ];
-            cx.launch_over("adamw", (n as u64).div_ceil(4), &args)
-        },
-    );
+            cx.launch_over("adamw", (count as u64).div_ceil(4), &args)
+        })
+    });
     let [w, first, second] = outputs.map(Buffer::tensor);
     Ok((w, Moments { first, second }, copy.map(Buffer::tensor)))
 }
 
-/// Blocks of the first pass.
-const BLOCKS: usize = 1024;
+/// A gradient as the kernels read it: stretches of f32 that begin at multiples of four elements.
+struct Gradient {
+    /// Elements, and the memory unless they are zeros.
+    parts: Vec<(usize, Option<Buffer>)>,
+}
+
+impl Gradient {
+    /// `None` on another backend. Parts that do not fit are joined in one buffer.
+    fn of(grad: &[Part]) -> Option<Self> {
+        let mut begin = 0;
+        let mut parts = vec![];
+        for part in grad {
+            let buffer = match part {
+                Part::Values(values) => Some(Buffer::of(values)?),
+                Part::Zeros(_) => None,
+            };
+            let wide = buffer.as_ref().is_none_or(|b| b.dtype() == DType::F32);
+            if !wide || begin % 4 != 0 {
+                let whole = f32(&joined(grad.to_vec()))?;
+                let parts = vec![(whole.len(), Some(whole))];
+                return Some(Self { parts });
+            }
+            begin += part.len();
+            parts.push((part.len(), buffer));
+        }
+        Some(Self { parts })
+    }
+
+    fn buffers(&self) -> impl Iterator<Item = &Buffer> {
+        self.parts.iter().filter_map(|(_, buffer)| buffer.as_ref())
+    }
+
+    /// Calls `work` with the first element, the number of elements and the address (0 for zeros) of
+    /// each part; `addresses` are those of [`Gradient::buffers`].
+    fn each(
+        &self,
+        addresses: &[u64],
+        mut work: impl FnMut(usize, usize, u64) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let mut addresses = addresses.iter();
+        let mut begin = 0;
+        for (count, buffer) in &self.parts {
+            let at = match buffer {
+                Some(_) => *addresses.next().ok_or("a gradient without an address")?,
+                None => 0,
+            };
+            work(begin, *count, at)?;
+            begin += count;
+        }
+        Ok(())
+    }
+}
+
+/// Most blocks of the first pass over a part.
+const BLOCKS: usize = 512;
+
+/// Elements that make another block worth while.
+const BLOCK: usize = 1 << 14;
 
 /// Σ grad²: `[1]`.
-pub fn square_sum(grad: &Tensor<1>) -> Option<Tensor<1>> {
-    let grad = f32(grad)?;
-    let n = grad.len() as u64;
-    let out = grad.empty([1], DType::F32);
-    let partial = grad.empty([BLOCKS], DType::F32);
-    on_stream(&[&grad], &[&out, &partial], |cx, from, to| {
-        let args = [Arg::Ptr(to[1]), Arg::Ptr(from[0]), Arg::Size(n)];
-        cx.launch("square_sum", (BLOCKS as u32, 1, 1), 512, &args)?;
-        sum_partials(cx, to[0], to[1], BLOCKS, 1)
+pub fn square_sum(grad: &[Part]) -> Option<Tensor<1>> {
+    let grad = Gradient::of(grad)?;
+    let like = grad.buffers().next()?;
+    let out = like.empty([1], DType::F32);
+    let blocks = |count: usize| count.div_ceil(BLOCK).clamp(1, BLOCKS);
+    let with_values = grad.parts.iter().filter(|(_, buffer)| buffer.is_some());
+    let all: usize = with_values.map(|(count, _)| blocks(*count)).sum();
+    let partial = like.empty([all], DType::F32);
+    let reads: Vec<&Buffer> = grad.buffers().collect();
+    on_stream(&reads, &[&out, &partial], |cx, from, to| {
+        let mut next = to[1];
+        grad.each(from, |_, count, at| {
+            if at == 0 {
+                return Ok(());
+            }
+            let args = [Arg::Ptr(next), Arg::Ptr(at), Arg::Size(count as u64)];
+            next += 4 * blocks(count) as u64;
+            cx.launch("square_sum", (blocks(count) as u32, 1, 1), 512, &args)
+        })?;
+        let args = [
+            Arg::Ptr(to[0]),
+            Arg::Ptr(to[1]),
+            Arg::Int(all as i32),
+            Arg::Float(1.0),
+        ];
+        cx.launch("scaled_total", (1, 1, 1), 1024, &args)
     });
     Some(out.tensor())
 }

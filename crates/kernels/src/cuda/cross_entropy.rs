@@ -40,7 +40,8 @@ pub fn forward(
     };
     let (tokens, width) = (h.dims()[0], h.dims()[1]);
     let vocab = weight.dims()[0];
-    let step = (LOGITS / vocab).max(128).min(tokens);
+    // Whole tiles of the product's rows.
+    let step = (LOGITS / vocab / 128 * 128).max(128).min(tokens);
     let losses = h.empty([tokens], DType::F32);
     let total = h.empty([1], DType::F32);
     let logits = h.empty([step, vocab], DType::BF16);

@@ -109,9 +109,10 @@ impl Norm {
 
     /// The gradients of x and weight.
     pub fn backward(&self, cx: &mut Context, at: &BackwardAt) -> Result<(), String> {
-        let name = match self.warp() {
-            true => "rms_norm_backward_warp",
-            false => "rms_norm_backward_block",
+        let name = match (self.warp(), self.threads()) {
+            (true, _) => "rms_norm_backward_warp",
+            (_, ..=512) => "rms_norm_backward_block",
+            _ => "rms_norm_backward_wide",
         };
         let (blocks, groups) = self.grid(cx, self.groups_per_processor())?;
         let args = [

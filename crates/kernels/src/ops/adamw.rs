@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use burn::tensor::{Bool, DType, Tensor};
 
+use super::flat::{Part, joined};
 use crate::dtype::cast;
 
 /// What stays the same over a run (Loshchilov and Hutter, "Decoupled weight decay regularization").
@@ -30,7 +31,7 @@ pub struct Moments {
     pub second: Tensor<1>,
 }
 
-/// One step: master, grad `[n]` f32 → the new master and moments.
+/// One step: master `[n]` f32, grad, n elements end to end → the new master and moments.
 ///
 /// With g = `scale` · grad and t = `step` (from 1):
 /// m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g²,
@@ -48,7 +49,7 @@ pub struct Moments {
 pub fn adamw_step(
     master: Tensor<1>,
     moments: Moments,
-    grad: Tensor<1>,
+    grad: Vec<Part>,
     decayed: Range<usize>,
     lr: f64,
     step: u64,
@@ -70,6 +71,7 @@ pub fn adamw_step(
         Ok(done) => return done,
         Err(elsewhere) => elsewhere,
     };
+    let grad = joined(grad);
     let AdamW {
         beta1,
         beta2,
@@ -101,13 +103,13 @@ pub fn adamw_step(
     (master, moments, copy)
 }
 
-/// Σ grad²: `[n]` f32 → `[1]` f32. Infinite or NaN if the gradient holds either.
-pub fn square_sum(grad: Tensor<1>) -> Tensor<1> {
+/// Σ grad²: n elements end to end → `[1]` f32. Infinite or NaN if the gradient holds either.
+pub fn square_sum(grad: &[Part]) -> Tensor<1> {
     #[cfg(feature = "cuda")]
-    if let Some(sum) = crate::cuda::adamw::square_sum(&grad) {
+    if let Some(sum) = crate::cuda::adamw::square_sum(grad) {
         return sum;
     }
-    grad.square().sum()
+    joined(grad.to_vec()).square().sum()
 }
 
 /// βᵗ for any t that fits the counter.
@@ -170,7 +172,7 @@ mod tests {
             (master, moments, _) = adamw_step(
                 master,
                 moments,
-                grad,
+                vec![Part::Values(grad)],
                 4..20,
                 lr,
                 step,
@@ -198,7 +200,7 @@ mod tests {
         let (kept, state, _) = adamw_step(
             master.clone(),
             moments.clone(),
-            grad,
+            vec![Part::Values(grad)],
             0..37,
             1e-2,
             3,
@@ -212,7 +214,7 @@ mod tests {
         let (moved, ..) = adamw_step(
             master,
             moments,
-            random(2),
+            vec![Part::Values(random(2))],
             0..37,
             1e-2,
             3,
@@ -228,8 +230,8 @@ mod tests {
     fn square_sum_is_a_sum_of_squares_and_shows_nan() {
         let grad = random(5);
         let expected: f64 = values(&grad).iter().map(|g| g * g).sum();
-        let sum = values(&square_sum(grad.clone()))[0];
+        let sum = values(&square_sum(&[Part::Values(grad.clone())]))[0];
         assert!((sum / expected - 1.0).abs() < 1e-5);
-        assert!(values(&square_sum(grad * f32::NAN))[0].is_nan());
+        assert!(values(&square_sum(&[Part::Values(grad * f32::NAN)]))[0].is_nan());
     }
 }

@@ -28,6 +28,20 @@ impl Part {
     }
 }
 
+/// The values of `parts` in one buffer; free where they already are.
+///
+/// # Panics
+/// If there are no parts.
+pub fn joined(mut parts: Vec<Part>) -> Tensor<1> {
+    match &parts[..] {
+        [Part::Values(values)] if values.dtype() == DType::F32 => match parts.pop() {
+            Some(Part::Values(values)) => values,
+            _ => unreachable!("matched above"),
+        },
+        _ => accumulate(None, parts),
+    }
+}
+
 /// `parts` end to end in f32, added to `sum` `[n]` if there is one: → `[n]` f32. `sum` is used up and,
 /// where nothing else refers to it, written in place.
 ///

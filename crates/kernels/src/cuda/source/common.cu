@@ -87,6 +87,19 @@ __device__ __forceinline__ float block_sum(float x, float *shared) {
     return total;
 }
 
+// Two sums at once. `shared`: 64 floats.
+__device__ __forceinline__ float2 block_sum2(float x, float y, float *shared) {
+    const int warps = (blockDim.x + 31) / 32;
+    x = warp_sum(x), y = warp_sum(y);
+    if (warps == 1) return make_float2(x, y);
+    __syncthreads(); // an earlier use of `shared`
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x, shared[32 + threadIdx.x / 32] = y;
+    __syncthreads();
+    float2 total = make_float2(0.f, 0.f);
+    for (int i = 0; i < warps; i++) total.x += shared[i], total.y += shared[32 + i];
+    return total;
+}
+
 __device__ __forceinline__ float block_max(float x, float *shared) {
     const int warps = (blockDim.x + 31) / 32;
     x = warp_max(x);

@@ -41,8 +41,7 @@ extern "C" __global__ void rms_norm_forward_block(u16 *y, const u16 *x, const vo
 // group's rows of dy x̂. With `y`, the forward's result is written again.
 template <bool WARP>
 __device__ void norm_backward(u16 *dx, u16 *y, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, const u16 *residual, int rows, int k, float eps) {
-    __shared__ float shared[32];
-    __shared__ float shared2[32];
+    __shared__ float shared[64];
     const int per_block = WARP ? blockDim.x / 32 : 1;
     const int group = blockIdx.x * per_block + (WARP ? threadIdx.x / 32 : 0), groups = gridDim.x * per_block;
     const int c = 8 * (WARP ? threadIdx.x % 32 : threadIdx.x);
@@ -57,10 +56,9 @@ __device__ void norm_backward(u16 *dx, u16 *y, float *partial, const u16 *x, con
         float s = 0.f, t = 0.f;
 #pragma unroll
         for (int j = 0; j < 8; j++) s += v.v[j] * v.v[j], t += v.v[j] * d.v[j] * gain.v[j];
-        s = group_sum<WARP>(s, shared);
-        t = group_sum<WARP>(t, shared2);
-        const float r = rsqrtf(s / k + eps);
-        const float along = r * r * r * t / k;
+        const float2 both = WARP ? make_float2(warp_sum(s), warp_sum(t)) : block_sum2(s, t, shared);
+        const float r = rsqrtf(both.x / k + eps);
+        const float along = r * r * r * both.y / k;
         F8 g, n;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
@@ -78,6 +76,11 @@ extern "C" __global__ void rms_norm_backward_warp(u16 *dx, u16 *y, float *partia
     norm_backward<true>(dx, y, partial, x, w, w_f32, dy, residual, rows, k, eps);
 }
 
-extern "C" __global__ void rms_norm_backward_block(u16 *dx, u16 *y, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, const u16 *residual, int rows, int k, float eps) {
+extern "C" __global__ void __launch_bounds__(512) rms_norm_backward_block(u16 *dx, u16 *y, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, const u16 *residual, int rows, int k, float eps) {
+    norm_backward<false>(dx, y, partial, x, w, w_f32, dy, residual, rows, k, eps);
+}
+
+// For rows that take more than 512 threads: fewer registers each, or no block would fit.
+extern "C" __global__ void __launch_bounds__(1024) rms_norm_backward_wide(u16 *dx, u16 *y, float *partial, const u16 *x, const void *w, int w_f32, const u16 *dy, const u16 *residual, int rows, int k, float eps) {
     norm_backward<false>(dx, y, partial, x, w, w_f32, dy, residual, rows, k, eps);
 }

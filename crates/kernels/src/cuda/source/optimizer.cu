@@ -11,7 +11,7 @@ __device__ __forceinline__ void adamw_one(float &w, float &m, float &v, float g,
     w = w * decay - h.lr * (m / h.correction1) / (sqrtf(v / h.correction2) + h.eps);
 }
 
-// Outputs may be the inputs. With keep[0] = 0 they are copied, whatever the gradient holds. `copy`, if
+// `grad` may be absent, which is zeros. Outputs may be the inputs. With keep[0] = 0 they are copied, whatever the gradient holds. `copy`, if
 // given, receives the weights in bf16.
 extern "C" __global__ void adamw(float *wo, float *mo, float *vo, u16 *copy, const float *wi, const float *mi, const float *vi, const float *grad, const float *scale, const float *keep, u64 n, u64 decay_begin, u64 decay_end, AdamW h) {
     const float factor = *scale;
@@ -20,7 +20,7 @@ extern "C" __global__ void adamw(float *wo, float *mo, float *vo, u16 *copy, con
     const u64 n4 = n / 4;
     for (u64 i = first; i < n4; i += stride) {
         float4 w = ((const float4 *)wi)[i], m = ((const float4 *)mi)[i], v = ((const float4 *)vi)[i];
-        const float4 g = ((const float4 *)grad)[i];
+        const float4 g = grad ? ((const float4 *)grad)[i] : make_float4(0.f, 0.f, 0.f, 0.f);
         if (apply) {
             float *ws = &w.x, *ms = &m.x, *vs = &v.x;
             const float gs[4] = {g.x, g.y, g.z, g.w};
@@ -35,13 +35,13 @@ extern "C" __global__ void adamw(float *wo, float *mo, float *vo, u16 *copy, con
     }
     for (u64 i = 4 * n4 + first; i < n; i += stride) {
         float w = wi[i], m = mi[i], v = vi[i];
-        if (apply) adamw_one(w, m, v, grad[i] * factor, i >= decay_begin && i < decay_end ? h.decay : 1.f, h);
+        if (apply) adamw_one(w, m, v, grad ? grad[i] * factor : 0.f, i >= decay_begin && i < decay_end ? h.decay : 1.f, h);
         wo[i] = w, mo[i] = m, vo[i] = v;
         if (copy) copy[i] = narrow(w);
     }
 }
 
-// partial[block] = Σ x²; sum_partials adds the blocks.
+// partial[block] = Σ x²; scaled_total or sum_partials adds the blocks.
 extern "C" __global__ void square_sum(float *partial, const float *x, u64 n) {
     __shared__ float shared[32];
     const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
