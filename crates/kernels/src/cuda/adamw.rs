@@ -128,20 +128,30 @@ impl Gradient {
     }
 
     /// Calls `work` with the first element, the number of elements and the address (0 for zeros) of
-    /// each part; `addresses` are those of [`Gradient::buffers`].
+    /// each part; `addresses` are those of [`Gradient::buffers`]. Parts that follow each other in memory
+    /// are one: a product often makes the gradients of several parameters.
     fn each(
         &self,
         addresses: &[u64],
         mut work: impl FnMut(usize, usize, u64) -> Result<(), String>,
     ) -> Result<(), String> {
         let mut addresses = addresses.iter();
-        let mut begin = 0;
+        let mut joined: Vec<(usize, u64)> = vec![];
         for (count, buffer) in &self.parts {
             let at = match buffer {
                 Some(_) => *addresses.next().ok_or("a gradient without an address")?,
                 None => 0,
             };
-            work(begin, *count, at)?;
+            match joined.last_mut() {
+                Some((before, from)) if at != 0 && *from + 4 * *before as u64 == at => {
+                    *before += count;
+                }
+                _ => joined.push((*count, at)),
+            }
+        }
+        let mut begin = 0;
+        for (count, at) in joined {
+            work(begin, count, at)?;
             begin += count;
         }
         Ok(())
@@ -149,10 +159,10 @@ impl Gradient {
 }
 
 /// Most blocks of the first pass over a part.
-const BLOCKS: usize = 512;
+const BLOCKS: usize = 1024;
 
 /// Elements that make another block worth while.
-const BLOCK: usize = 1 << 14;
+const BLOCK: usize = 1 << 12;
 
 /// Σ grad²: `[1]`.
 pub fn square_sum(grad: &[Part]) -> Option<Tensor<1>> {
@@ -177,7 +187,7 @@ pub fn square_sum(grad: &[Part]) -> Option<Tensor<1>> {
         let args = [
             Arg::Ptr(to[0]),
             Arg::Ptr(to[1]),
-            Arg::Int(all as i32),
+            Arg::Int(((next - to[1]) / 4) as i32),
             Arg::Float(1.0),
         ];
         cx.launch("scaled_total", (1, 1, 1), 1024, &args)

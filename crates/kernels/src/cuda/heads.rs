@@ -1,25 +1,31 @@
-//! Queries and keys in rows that they share with the values: rotation, and the norm of each head.
+//! Queries, keys and values in one buffer: rotation, and the norm of each head.
 //!
-//! A row is S = (H + 2 G) E elements: queries, keys, values.
+//! T rows of S = (H + 2 G) E elements: queries, keys, values.
 
 use burn::tensor::DType;
 
 use super::attention::Extents;
+use super::gemm::Matrix;
 use super::norm::{MOST_PROCESSORS, sum_partials};
 use super::stream::{Arg, Buffer, Context};
 
 /// Blocks per multiprocessor of the kernel that sums the gains' gradients.
 const BLOCKS: usize = 4;
 
-/// How a row is divided.
+/// How queries, keys and values lie.
 #[derive(Clone, Copy, Debug)]
 pub struct Heads {
+    /// T
+    pub rows: usize,
     /// H
     pub heads: usize,
     /// G
     pub groups: usize,
     /// E
     pub size: usize,
+    /// Whether queries have rows of their own, before those of keys and values: cuDNN's backward pass
+    /// over packed documents takes the documents' offsets in q for those of its own buffers.
+    pub split: bool,
     /// Added to the mean square in the norm of a head.
     pub eps: f32,
 }
@@ -34,22 +40,54 @@ impl Heads {
         (rotates && whole && (norms || !normed)).then_some(())
     }
 
-    /// S
-    pub fn row(&self) -> usize {
+    /// S = (H + 2 G) E
+    pub fn width(&self) -> usize {
         (self.heads + 2 * self.groups) * self.size
     }
 
-    /// Attention over such rows.
-    pub fn extents(&self, batch: usize, tokens: usize) -> Extents {
+    /// The matrices of rows, from address `at` on: each with the first of its columns among S.
+    pub fn matrices(&self, at: u64) -> Vec<(Matrix, usize)> {
+        let bf16 = |at, columns| Matrix::new(at, self.rows, columns, DType::BF16);
+        let queries = self.heads * self.size;
+        match self.split {
+            false => vec![(bf16(at, self.width()), 0)],
+            true => {
+                let behind = at + (2 * self.rows * queries) as u64;
+                vec![
+                    (bf16(at, queries), 0),
+                    (bf16(behind, self.width() - queries), queries),
+                ]
+            }
+        }
+    }
+
+    /// Addresses of the first query, key and value.
+    pub fn qkv(&self, at: u64) -> [u64; 3] {
+        let queries = 2 * (self.heads * self.size) as u64;
+        let keys = 2 * (self.groups * self.size) as u64;
+        let first_key = match self.split {
+            true => at + self.rows as u64 * queries,
+            false => at + queries,
+        };
+        [at, first_key, first_key + keys]
+    }
+
+    /// Attention over such rows, `tokens` to a sequence.
+    pub fn extents(&self, tokens: usize) -> Extents {
+        let (queries, pairs) = (self.heads * self.size, 2 * self.groups * self.size);
+        let (query_row, key_row) = match self.split {
+            true => (queries, pairs),
+            false => (self.width(), self.width()),
+        };
         Extents {
-            batch,
+            batch: self.rows / tokens,
             tokens,
             keys: tokens,
             heads: self.heads,
             groups: self.groups,
             size: self.size,
-            query_row: self.row(),
-            key_row: self.row(),
+            query_row,
+            key_row,
         }
     }
 
@@ -62,21 +100,31 @@ impl Heads {
         (cos, sin): (u64, u64),
         sign: f32,
     ) -> Result<(), String> {
-        let heads = self.heads + self.groups;
-        let items = (e.batch * e.tokens * heads * self.size / 16) as u64;
-        let args = [
-            Arg::Ptr(qkv),
-            Arg::Ptr(qkv),
-            Arg::Ptr(cos),
-            Arg::Ptr(sin),
-            Arg::Size(items),
-            Arg::Int(e.tokens as i32),
-            Arg::Int(heads as i32),
-            Arg::Int(self.size as i32 / 2),
-            Arg::Int(self.row() as i32),
-            Arg::Float(sign),
-        ];
-        cx.launch_over("rope", items, &args)
+        let [queries, keys, _] = self.qkv(qkv);
+        let stretches = match self.split {
+            true => vec![
+                (queries, self.heads, e.query_row),
+                (keys, self.groups, e.key_row),
+            ],
+            false => vec![(qkv, self.heads + self.groups, self.width())],
+        };
+        for (at, heads, row) in stretches {
+            let items = (self.rows * heads * self.size / 16) as u64;
+            let args = [
+                Arg::Ptr(at),
+                Arg::Ptr(at),
+                Arg::Ptr(cos),
+                Arg::Ptr(sin),
+                Arg::Size(items),
+                Arg::Int(e.tokens as i32),
+                Arg::Int(heads as i32),
+                Arg::Int(self.size as i32 / 2),
+                Arg::Int(row as i32),
+                Arg::Float(sign),
+            ];
+            cx.launch_over("rope", items, &args)?;
+        }
+        Ok(())
     }
 
     /// Normalises and rotates queries and keys of `raw` into `qkv`, and copies the values.
@@ -90,8 +138,7 @@ impl Heads {
     ) -> Result<(), String> {
         let mut args = vec![Arg::Ptr(qkv), Arg::Ptr(raw)];
         args.extend(self.shared_args(e, tables, gains));
-        let heads = self.heads + 2 * self.groups;
-        let lanes = (e.batch * e.tokens * heads * self.size / 8) as u64;
+        let lanes = (self.rows * self.width() / 8) as u64;
         cx.launch_over("head_norm_rope", lanes, &args)
     }
 
@@ -130,7 +177,8 @@ impl Heads {
             Arg::Int(i32::from(gain.dtype() == DType::F32)),
             Arg::Ptr(cos),
             Arg::Ptr(sin),
-            Arg::Size((e.batch * e.tokens) as u64),
+            Arg::Size(self.rows as u64),
+            Arg::Int(i32::from(self.split)),
             Arg::Int(e.tokens as i32),
             Arg::Int(self.heads as i32),
             Arg::Int(self.groups as i32),

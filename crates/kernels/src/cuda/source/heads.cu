@@ -1,4 +1,5 @@
-// Norm and rotation of query and key heads in rows [queries, keys, values] of (H + 2 G) E elements.
+// Norm and rotation of query and key heads in rows [queries, keys, values] of (H + 2 G) E elements; `split`:
+// in rows [queries] of H E and, behind all of them, rows [keys, values] of 2 G E elements.
 // E/8 lanes, a power of two, share a head, eight elements each; the other half of a rotated pair is
 // E/16 lanes away. qkv, raw, dqkv: [rows, (H + 2 G) E] bf16; cosine, sine: [N, E/2] f32.
 
@@ -9,16 +10,18 @@ struct HeadAt {
     bool low;    // whether this lane holds the first of each pair
 };
 
-__device__ __forceinline__ HeadAt head_at(u64 vector, int tokens, int heads, int groups, int size) {
+__device__ __forceinline__ HeadAt head_at(u64 vector, u64 rows, int split, int tokens, int heads, int groups, int size) {
     const int lanes = size / 8, all = heads + 2 * groups;
     const int lane = (int)(vector % lanes);
     const u64 index = vector / lanes, row = index / all;
     const int head = (int)(index % all);
     HeadAt r;
-    r.at = index * size + 8 * lane;
+    r.kind = head < heads ? 0 : head < heads + groups ? 1 : 2;
+    u64 place = index;
+    if (split) place = r.kind == 0 ? row * heads + head : rows * heads + row * 2 * groups + head - heads;
+    r.at = place * size + 8 * lane;
     r.low = lane < lanes / 2;
     r.table = row % tokens * (size / 2) + 8 * (lane % (lanes / 2));
-    r.kind = head < heads ? 0 : head < heads + groups ? 1 : 2;
     return r;
 }
 
@@ -44,12 +47,12 @@ __device__ __forceinline__ F8 rotated(const F8 &x, const HeadAt &h, const float 
     const u64 stride_ = (u64)gridDim.x * blockDim.x;                                       \
     for (u64 vector = (u64)blockIdx.x * blockDim.x + threadIdx.x; vector - threadIdx.x % 32 < vectors; vector += stride_)
 
-extern "C" __global__ void head_norm_rope(u16 *qkv, const u16 *raw, const void *q_gain, const void *k_gain, int gain_f32, const float *cosine, const float *sine, u64 rows, int tokens, int heads, int groups, int size, float eps) {
+extern "C" __global__ void head_norm_rope(u16 *qkv, const u16 *raw, const void *q_gain, const void *k_gain, int gain_f32, const float *cosine, const float *sine, u64 rows, int split, int tokens, int heads, int groups, int size, float eps) {
     const int lanes = size / 8;
     const u64 vectors = rows * (heads + 2 * groups) * lanes;
     FOR_HEADS(i, vectors) {
         const bool in = i < vectors;
-        const HeadAt h = head_at(in ? i : 0, tokens, heads, groups, size);
+        const HeadAt h = head_at(in ? i : 0, rows, split, tokens, heads, groups, size);
         const F8 x = load8(raw + h.at);
         float s = 0.f;
 #pragma unroll
@@ -67,14 +70,14 @@ extern "C" __global__ void head_norm_rope(u16 *qkv, const u16 *raw, const void *
 
 // dqkv: in, the gradient of what attention saw; out, that of `raw`. partial[block] = [2, E] sums of the
 // gains' gradients. With x̂ = x r and g the gradient before the rotation: dx = r (w g − x̂ mean(w g x̂)).
-extern "C" __global__ void head_norm_rope_backward(u16 *dqkv, float *partial, const u16 *raw, const void *q_gain, const void *k_gain, int gain_f32, const float *cosine, const float *sine, u64 rows, int tokens, int heads, int groups, int size, float eps) {
+extern "C" __global__ void head_norm_rope_backward(u16 *dqkv, float *partial, const u16 *raw, const void *q_gain, const void *k_gain, int gain_f32, const float *cosine, const float *sine, u64 rows, int split, int tokens, int heads, int groups, int size, float eps) {
     __shared__ float sums[8][2][256]; // by warp
     const int lanes = size / 8, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u64 vectors = rows * (heads + 2 * groups) * lanes;
     F8 dq = {}, dk = {};
     FOR_HEADS(i, vectors) {
         const bool in = i < vectors;
-        const HeadAt h = head_at(in ? i : 0, tokens, heads, groups, size);
+        const HeadAt h = head_at(in ? i : 0, rows, split, tokens, heads, groups, size);
         const F8 x = load8(raw + h.at);
         F8 g = rotated(load8(dqkv + h.at), h, cosine, sine, -1.f, lanes);
         const F8 gain = load8_as(h.kind == 0 ? q_gain : k_gain, i % lanes * 8, gain_f32);

@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Tensor};
 
 use super::mlp::gradient;
-use super::stacked::{Stacked, split};
+use super::stacked::{Stacked, split, weight_gradient};
 use crate::AttentionSpec;
 use crate::cuda::attention::{Call, Extents};
 use crate::cuda::gemm::Matrix;
@@ -32,11 +32,11 @@ pub fn attention(
         cos: cos.clone(),
         sin: sin.clone(),
     };
-    let heads = half.heads(w.q.dims()[0], w.k.dims()[0]);
-    heads.check(w.qk_norm.is_some())?;
     let [batch, tokens, _] = x.dims();
+    let heads = half.heads(batch * tokens, w.q.dims()[0], w.k.dims()[0]);
+    heads.check(w.qk_norm.is_some())?;
     // Both directions have the same forms, so one tells.
-    Call::new(&heads.extents(batch, tokens), spec, &like, false)?;
+    Call::new(&heads.extents(tokens), spec, &like, false)?;
     let absent = || Tensor::zeros([1], (&x.device().without_autodiff(), DType::F32));
     let (q_gain, k_gain) = match w.qk_norm {
         Some((q, k)) => (q.clone(), k.clone()),
@@ -67,8 +67,11 @@ struct Attention {
 }
 
 impl Attention {
-    fn heads(&self, queries: usize, keys: usize) -> Heads {
+    fn heads(&self, rows: usize, queries: usize, keys: usize) -> Heads {
+        let packing = self.spec.packing.as_ref();
         Heads {
+            rows,
+            split: packing.is_some_and(|packing| !packing.is_whole_rows()),
             heads: queries / self.size,
             groups: keys / self.size,
             size: self.size,
@@ -101,10 +104,11 @@ impl Inputs {
         let x = Buffer::of(&x.tensor::<3>()).expect(of);
         let gain = vector(gain);
         let (q, k, v, o) = (matrix(q), matrix(k), matrix(v), matrix(o));
-        let heads = half.heads(q.dims()[0], k.dims()[0]);
+        let norm = Norm::of(&x, &gain, half.eps).expect(of);
+        let heads = half.heads(norm.rows, q.dims()[0], k.dims()[0]);
         Self {
-            norm: Norm::of(&x, &gain, half.eps).expect(of),
-            extents: heads.extents(x.dims()[0], x.dims()[1]),
+            norm,
+            extents: heads.extents(x.dims()[1]),
             heads,
             x,
             gain,
@@ -144,12 +148,6 @@ impl Inputs {
     fn mixed(&self) -> usize {
         self.heads.heads * self.heads.size
     }
-
-    /// Addresses of q, k and v in rows that begin at `at`.
-    fn qkv(&self, at: u64) -> [u64; 3] {
-        let [q, k, _] = self.rows();
-        [at, at + 2 * q as u64, at + 2 * (q + k) as u64]
-    }
 }
 
 /// Places in [`Inputs::reads`].
@@ -168,7 +166,7 @@ mod at {
 #[derive(Clone, Debug)]
 struct Saved {
     inputs: [Value; 8],
-    /// Queries, keys and values as attention saw them: `[T, S]`.
+    /// Queries, keys and values as attention saw them: T·S, laid out by [`Heads`].
     qkv: Buffer,
     /// The same before the norms of the heads, where there are such norms.
     raw: Option<Buffer>,
@@ -182,7 +180,7 @@ impl Function<8> for Attention {
 
     fn forward(&self, inputs: [Value; 8]) -> Forward<Saved> {
         let i = Inputs::new(self, inputs.clone());
-        let (t, d, s) = (i.norm.rows, i.norm.width, i.heads.row());
+        let (t, d, s) = (i.norm.rows, i.norm.width, i.heads.width());
         let call = Call::new(&i.extents, &self.spec, &i.x, false)
             .expect("checked before the operation was chosen");
         let y = i.x.empty(i.x.dims(), DType::BF16);
@@ -199,7 +197,8 @@ impl Function<8> for Attention {
             i.norm.forward(cx, to[1], from[at::X], from[at::GAIN])?;
             let projected = to.get(5).copied().unwrap_or(to[2]);
             let n = i.bf16(to[1], d);
-            i.weights(from).forward(cx, n, i.bf16(projected, s))?;
+            let rows = i.heads.matrices(projected);
+            i.weights(from).forward(cx, n, &rows)?;
             let tables = (from[at::COS], from[at::SIN]);
             let gains = (from[at::Q_GAIN], from[at::K_GAIN]);
             match self.qk_norm {
@@ -212,7 +211,7 @@ impl Function<8> for Attention {
                     (gains, &i.gains[0]),
                 )?,
             }
-            let [q, k, v] = i.qkv(to[2]);
+            let [q, k, v] = i.heads.qkv(to[2]);
             let addresses = vec![q, k, v, to[3], to[4]];
             call.run(cx, addresses, from.get(at::END).copied())?;
             let w = Matrix::new(from[at::O], d, i.mixed(), DType::BF16);
@@ -234,7 +233,7 @@ impl Function<8> for Attention {
 
     fn backward(self, saved: Saved, dy: Value, _: [bool; 8]) -> [Option<Value>; 8] {
         let i = Inputs::new(&self, saved.inputs);
-        let (t, d, s, m) = (i.norm.rows, i.norm.width, i.heads.row(), i.mixed());
+        let (t, d, s, m) = (i.norm.rows, i.norm.width, i.heads.width(), i.mixed());
         let call = Call::new(&i.extents, &self.spec, &i.x, true)
             .expect("checked before the operation was chosen");
         let dy = gradient(dy);
@@ -280,8 +279,8 @@ impl Function<8> for Attention {
             let dwo = Matrix::new(to[3], d, m, DType::F32);
             cx.gemm(dy_rows.t(), i.bf16(mixed, m), dwo, 1.0, 0.0)?;
 
-            let [q, k, v] = i.qkv(qkv);
-            let [dq, dk, dv] = i.qkv(to[4]);
+            let [q, k, v] = i.heads.qkv(qkv);
+            let [dq, dk, dv] = i.heads.qkv(to[4]);
             let mut addresses = vec![q, k, v, mixed, sums, to[5], dq, dk, dv];
             addresses.extend(&to[11..]);
             call.run(cx, addresses, documents)?;
@@ -299,8 +298,9 @@ impl Function<8> for Attention {
                 )?,
             }
 
-            let dqkv = i.bf16(to[4], s);
-            i.weights(from).input_gradient(cx, dqkv, i.bf16(to[6], d))?;
+            let dqkv = i.heads.matrices(to[4]);
+            i.weights(from)
+                .input_gradient(cx, &dqkv, i.bf16(to[6], d))?;
             let norm = BackwardAt {
                 x: from[at::X],
                 weight: from[at::GAIN],
@@ -312,8 +312,7 @@ impl Function<8> for Attention {
                 partial: to[8],
             };
             i.norm.backward(cx, &norm)?;
-            let dw = Matrix::new(to[2], s, d, DType::F32);
-            cx.gemm(dqkv.t(), i.bf16(to[7], d), dw, 1.0, 0.0)
+            weight_gradient(cx, &dqkv, i.bf16(to[7], d), to[2])
         });
         let [dq, dk, dv] = split(dw, i.rows());
         let gains = head_gains.tensor::<2>();

@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Tensor};
 
-use super::stacked::{Stacked, split};
+use super::stacked::{Stacked, split, weight_gradient};
 use crate::cuda::gemm::Matrix;
 use crate::cuda::norm::{BackwardAt, Norm};
 use crate::cuda::stream::{Arg, Buffer, Context, on_stream};
@@ -98,7 +98,7 @@ impl Inputs {
         if cx.gated_product(n, (matrix(from[2]), matrix(from[3])), (pair, z))? {
             return Ok(());
         }
-        self.weights(from).forward(cx, n, both)?;
+        self.weights(from).forward(cx, n, &[(both, 0)])?;
         let vectors = (self.norm.rows * self.f / 8) as u64;
         let args = [
             Arg::Ptr(z),
@@ -114,7 +114,7 @@ impl Inputs {
         let (width, both) = (self.norm.width, 2 * self.f);
         let dpair = self.bf16(at.dpair, both);
         let dn = self.bf16(at.dn, width);
-        self.weights(from).input_gradient(cx, dpair, dn)?;
+        self.weights(from).input_gradient(cx, &[(dpair, 0)], dn)?;
         let norm = BackwardAt {
             x: from[0],
             weight: from[1],
@@ -126,8 +126,7 @@ impl Inputs {
             partial: at.partial,
         };
         self.norm.backward(cx, &norm)?;
-        let dw = Matrix::new(at.dw, both, width, DType::F32);
-        cx.gemm(dpair.t(), self.bf16(at.n, width), dw, 1.0, 0.0)
+        weight_gradient(cx, &[(dpair, 0)], self.bf16(at.n, width), at.dw)
     }
 
     /// d(gate, up) from dZ, and Z itself into `z` unless that is 0.

@@ -31,33 +31,68 @@ impl Stacked {
         Self { parts, columns }
     }
 
-    /// The matrices with the column at which each one's outputs begin.
-    fn each(&self) -> impl Iterator<Item = (Matrix, usize)> {
-        let mut from = 0;
-        self.parts.iter().map(move |&(at, rows)| {
-            let matrix = Matrix::new(at, rows, self.columns, DType::BF16);
-            let begin = from;
-            from += rows;
-            (matrix, begin)
-        })
+    /// The matrices' rows `from .. from + count`, as they lie together, and where each begins.
+    fn cut(&self, from: usize, count: usize) -> Vec<(Matrix, usize)> {
+        let mut begin = 0;
+        let mut found = vec![];
+        for &(at, rows) in &self.parts {
+            let (first, last) = (from.max(begin), (from + count).min(begin + rows));
+            if first < last {
+                let skipped = ((first - begin) * self.columns * BF16) as u64;
+                let matrix = Matrix::new(at + skipped, last - first, self.columns, DType::BF16);
+                found.push((matrix, first - from));
+            }
+            begin += rows;
+        }
+        found
     }
 
-    /// y ← x Wᵀ: x `[T, D]`, y `[T, Σ M]`.
-    pub fn forward(&self, cx: &mut Context, x: Matrix, y: Matrix) -> Result<(), String> {
-        for (w, from) in self.each() {
-            cx.gemm(x, w.t(), y.cut_columns(from, w.rows), 1.0, 0.0)?;
+    /// y ← x Wᵀ: x `[T, D]`; y `[T, Σ M]`, each of its matrices with its first column.
+    pub fn forward(
+        &self,
+        cx: &mut Context,
+        x: Matrix,
+        y: &[(Matrix, usize)],
+    ) -> Result<(), String> {
+        for (y, from) in y {
+            for (w, begin) in self.cut(*from, y.columns) {
+                cx.gemm(x, w.t(), y.cut_columns(begin, w.rows), 1.0, 0.0)?;
+            }
         }
         Ok(())
     }
 
-    /// dx ← dy W: dy `[T, Σ M]`, dx `[T, D]`.
-    pub fn input_gradient(&self, cx: &mut Context, dy: Matrix, dx: Matrix) -> Result<(), String> {
-        for (w, from) in self.each() {
-            let beta = if from == 0 { 0.0 } else { 1.0 };
-            cx.gemm(dy.cut_columns(from, w.rows), w, dx, 1.0, beta)?;
+    /// dx ← dy W: dy `[T, Σ M]` as in [`Stacked::forward`], dx `[T, D]`.
+    pub fn input_gradient(
+        &self,
+        cx: &mut Context,
+        dy: &[(Matrix, usize)],
+        dx: Matrix,
+    ) -> Result<(), String> {
+        let mut beta = 0.0;
+        for (dy, from) in dy {
+            for (w, begin) in self.cut(*from, dy.columns) {
+                cx.gemm(dy.cut_columns(begin, w.rows), w, dx, 1.0, beta)?;
+                beta = 1.0;
+            }
         }
         Ok(())
     }
+}
+
+/// dw ← dyᵀ x: dw `[Σ M, D]` f32 at an address, dy as in [`Stacked::forward`], x `[T, D]`.
+pub fn weight_gradient(
+    cx: &mut Context,
+    dy: &[(Matrix, usize)],
+    x: Matrix,
+    dw: u64,
+) -> Result<(), String> {
+    for (dy, from) in dy {
+        let at = dw + (from * x.columns * 4) as u64;
+        let dw = Matrix::new(at, dy.columns, x.columns, DType::F32);
+        cx.gemm(dy.t(), x, dw, 1.0, 0.0)?;
+    }
+    Ok(())
 }
 
 /// The rows of `gradient` `[Σ M, D]` that belong to each matrix.
