@@ -10,7 +10,8 @@ use ttt_kernels::testing::relative_error;
 use ttt_model::{
     Batch, Block, Embedding, Head, ModelConfig, ModelType, Params, Target, TttConfig, Unit,
 };
-use ttt_parallel::Mesh;
+use ttt_parallel::threads::on_mesh;
+use ttt_parallel::{Layout, Mesh};
 use ttt_train::config::Activations;
 use ttt_train::init::initial_values;
 use ttt_train::step::{MicroBatch, Model, RopeCache};
@@ -181,18 +182,12 @@ fn sharded_and_replicated_ranks_train_like_one() {
     let config = config(true, Target::Embedding);
     let single = train_on(&config, &Mesh::single());
     for (replicate, shard) in [(1, 2), (2, 1), (2, 2), (1, 3)] {
-        let ranks = mesh_of_threads(replicate, shard);
-        let states: Vec<Vec<Tensor<1>>> = std::thread::scope(|scope| {
-            let config = &config;
-            let threads: Vec<_> = ranks
-                .into_iter()
-                .map(|mesh| scope.spawn(move || train_on(config, &mesh)))
-                .collect();
-            threads
-                .into_iter()
-                .map(|t| t.join().expect("a rank"))
-                .collect()
-        });
+        let layout = Layout {
+            replicate,
+            shard,
+            context: 1,
+        };
+        let states = on_mesh(layout, |mesh| train_on(&config, &mesh));
         for (rank, state) in states.iter().enumerate() {
             for (got, expected) in state.iter().zip(&single) {
                 let got = got.clone().narrow(0, 0, expected.dims()[0]);
@@ -202,23 +197,6 @@ fn sharded_and_replicated_ranks_train_like_one() {
             }
         }
     }
-}
-
-/// One mesh per rank of a `replicate` × `shard` grid.
-fn mesh_of_threads(replicate: usize, shard: usize) -> Vec<Mesh> {
-    use std::sync::Arc;
-    use ttt_parallel::threads::thread_group;
-    let shards: Vec<_> = (0..replicate).map(|_| thread_group(shard)).collect();
-    let mut meshes = vec![];
-    for (s, replicas) in (0..shard).map(|s| (s, thread_group(replicate))) {
-        for (shards, replica) in shards.iter().zip(replicas) {
-            meshes.push(Mesh {
-                replicate: Arc::new(replica),
-                shard: Arc::new(shards[s].clone()),
-            });
-        }
-    }
-    meshes
 }
 
 /// An updater that clips hard, so that the global norm matters.
