@@ -4,9 +4,9 @@ use std::convert::Infallible;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use ttt_data::{IGNORE, Row};
-use ttt_kernels::Packing;
 use ttt_kernels::ops::flat::joined;
 use ttt_kernels::testing::relative_error;
+use ttt_kernels::{ContextSettings, Packing};
 use ttt_model::{
     Batch, Block, Embedding, Head, ModelConfig, ModelType, Params, Target, TttConfig, Unit,
 };
@@ -86,6 +86,7 @@ fn model(config: &ModelConfig, device: &Device) -> Model {
         compute: DType::F32,
         device: device.clone(),
         rope: RopeCache::default(),
+        context: ContextSettings::default(),
     }
 }
 
@@ -157,7 +158,8 @@ fn block_by_block_equals_one_graph() {
             // Row by row: accumulated, the gradient is that of both.
             let mut sum = loss.zeros_like();
             for row in &rows {
-                let micro = MicroBatch::new(std::slice::from_ref(row), &device).expect("a batch");
+                let micro =
+                    MicroBatch::new(std::slice::from_ref(row), &mesh, &device).expect("a batch");
                 let pass = model.accumulate(&micro, scale, activations, &mesh);
                 sum = sum + pass.expect("one rank").loss;
             }
@@ -230,6 +232,7 @@ fn train_on(config: &ModelConfig, mesh: &Mesh) -> Vec<Tensor<1>> {
         compute: DType::F32,
         device: device.clone(),
         rope: RopeCache::default(),
+        context: ContextSettings::default(),
     };
     let mut updater = updater(vec![]);
     let all: Vec<Row> = (0..12)
@@ -241,7 +244,7 @@ fn train_on(config: &ModelConfig, mesh: &Mesh) -> Vec<Tensor<1>> {
     for step in 0..2 {
         let mut labelled = 0;
         for row in own {
-            let micro = MicroBatch::new(std::slice::from_ref(row), &device).expect("a batch");
+            let micro = MicroBatch::new(std::slice::from_ref(row), mesh, &device).expect("a batch");
             model
                 .accumulate(&micro, 0.01, Activations::Keep, mesh)
                 .expect("all ranks");
@@ -278,7 +281,7 @@ fn learning_rates_by_name() {
         let mut model = model(&config, &Device::flex());
         let before = model.units[1].master.clone();
         let mut updater = updater(overrides);
-        let micro = MicroBatch::new(&rows(), &model.device).expect("a batch");
+        let micro = MicroBatch::new(&rows(), &mesh, &model.device).expect("a batch");
         model
             .accumulate(&micro, 0.01, Activations::Keep, &mesh)
             .expect("one rank");

@@ -138,6 +138,7 @@ pub fn all() -> Vec<Op> {
                     chunk,
                     clip: None,
                     packing: packing.clone(),
+                    context: None,
                 };
                 // As in training: W0 in f32.
                 let w0 = cast(x[2].clone(), DType::F32).reshape([40, 48]);
@@ -225,6 +226,7 @@ fn attention_case(
             scale: (size as f64).powf(-0.5),
             query_offset: 0,
             packing: packing.clone(),
+            context: None,
         };
         let shaped = |i: usize, h: usize| x[i].clone().reshape([batch, tokens, h, size]);
         flat(attention(
