@@ -121,7 +121,7 @@ pub fn largest(
     let all: Tensor<1> = all.max_dim(0).reshape([-1]);
     let each = layers.into_iter().enumerate();
     Ok(each
-        .map(|(i, layer)| (layer, all.clone().slice([i..i + 1])))
+        .map(|(i, layer)| (layer, all.clone().narrow(0, i, 1)))
         .collect())
 }
 

@@ -55,7 +55,7 @@ fn config(target: Target) -> ModelConfig {
             enabled: true,
             layers: Some(vec![0, 2]),
             chunk: 4,
-            lr: 0.5,
+            lr: 0.2,
             target,
             ..TttConfig::default()
         },
@@ -287,7 +287,7 @@ fn trained(mesh: &Mesh) -> Vec<Vec<f64>> {
         overrides: vec![],
     };
     let device = Device::flex();
-    let mut updater = Updater::new(&hyper, OnBadGradient::Skip, None, 0.0, &device);
+    let mut updater = Updater::new(&hyper, OnBadGradient::Skip, None, DType::F32, 0.0, &device);
     let config = config(Target::Embedding);
     let mut model = model(&config, ContextSettings::default(), mesh);
     for step in 0..5 {

@@ -2,7 +2,9 @@
 //!
 //! Either the keys travel: a rank fetches those that its queries see from the ranks before it, and the
 //! gradients of these go back there. With a window that is a strip of window − 1 tokens, whatever the
-//! length of a row. Or the heads do: each rank gets some heads of all tokens.
+//! length of a row, and only the first queries look at it: they are done apart, with the few keys that
+//! they see, and everything else is the attention of this rank's own tokens. Or the heads travel: each
+//! rank gets some heads of all tokens.
 //!
 //! P: ranks. N: tokens of this rank's part. S: tokens of the whole row, or those that are fetched.
 
@@ -26,56 +28,91 @@ pub(super) struct SharedAttention {
     pub packing: Packing,
 }
 
-/// What travels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
-    Keys,
-    Heads,
+/// What is kept for the backward pass.
+#[derive(Clone, Debug)]
+pub(super) enum Shared {
+    /// Keys were fetched for all queries.
+    Keys(Saved),
+    /// Keys were fetched for the first queries alone: theirs, then that of this rank's own tokens.
+    Strip(Box<[Saved; 2]>),
+    /// Of this rank's share of the heads.
+    Heads(Saved),
 }
 
 impl Function<3> for SharedAttention {
-    type Saved = Saved;
+    type Saved = Shared;
 
-    fn forward(&self, [q, k, v]: [Value; 3]) -> Forward<Saved> {
+    fn forward(&self, [q, k, v]: [Value; 3]) -> Forward<Shared> {
         let (q, k, v) = (q.tensor::<4>(), k.tensor::<4>(), v.tensor::<4>());
-        match self.form(k.dims()[2]) {
-            Form::Keys => {
-                let [k, v] = self.fetched([k, v]);
-                self.inner(Form::Keys)
-                    .forward([q.into(), k.into(), v.into()])
-            }
-            Form::Heads => {
-                let [q, k, v] = self.to_heads([q, k, v]);
-                let inner = self.inner(Form::Heads);
-                let mut done = inner.forward([q.into(), k.into(), v.into()]);
-                let [output] = self.to_tokens([done.output.tensor()]);
-                done.output = output.into();
-                done
-            }
+        if self.heads_travel(k.dims()[2]) {
+            let (output, saved) = run(&self.over_heads(), self.to_heads([q, k, v]));
+            let [output] = self.to_tokens([output]);
+            return forward(output, Shared::Heads(saved));
         }
+        let Some(first) = self.strip() else {
+            let [seen_k, seen_v] = self.fetched([&k, &v], self.packing.length());
+            let inner = self.over_keys(self.packing.length());
+            let (output, saved) = run(&inner, [q, seen_k, seen_v]);
+            return forward(output, Shared::Keys(saved));
+        };
+        let [seen_k, seen_v] = self.fetched([&k, &v], first);
+        let strip = [along(&q, 0..first), seen_k, seen_v];
+        let (output, of_strip) = run(&self.over_keys(first), strip);
+        let (own, saved) = run(&self.over_own(), [q, k, v]);
+        forward(
+            replaced(own, output),
+            Shared::Strip(Box::new([of_strip, saved])),
+        )
     }
 
-    fn backward(self, saved: Saved, dy: Value, wanted: [bool; 3]) -> [Option<Value>; 3] {
-        // Saved keys have all heads, or this rank's share of them.
-        let all_heads = dy.clone().tensor::<4>().dims()[2] == saved.0.dims()[2];
-        let form = if all_heads { Form::Keys } else { Form::Heads };
-        let inner = self.inner(form);
-        let given = |gradients: [Option<Value>; 3]| -> [Tensor<4>; 3] {
+    fn backward(self, saved: Shared, dy: Value, wanted: [bool; 3]) -> [Option<Value>; 3] {
+        let dy = dy.tensor::<4>();
+        let gradients = |inner: Attention, saved: Saved, dy: Tensor<4>| -> [Tensor<4>; 3] {
+            let gradients = inner.backward(saved, dy.into(), wanted);
             gradients.map(|g| g.expect("attention gives all of them").tensor())
         };
-        match form {
-            Form::Keys => {
-                let [dq, dk, dv] = given(inner.backward(saved, dy, wanted));
-                let [dk, dv] = self.returned([dk, dv]);
-                [dq, dk, dv].map(|g| Some(g.into()))
+        let [dq, dk, dv] = match saved {
+            Shared::Heads(saved) => {
+                let [dy] = self.to_heads([dy]);
+                self.to_tokens(gradients(self.over_heads(), saved, dy))
             }
-            Form::Heads => {
-                let [dy] = self.to_heads([dy.tensor()]);
-                let gradients = given(inner.backward(saved, dy.into(), wanted));
-                self.to_tokens(gradients).map(|g| Some(g.into()))
+            Shared::Keys(saved) => {
+                let inner = self.over_keys(self.packing.length());
+                let [dq, dk, dv] = gradients(inner, saved, dy);
+                let ([dk, dv], returned) = self.returned([dk, dv]);
+                let [dk, dv] = self.with_returned([dk, dv], returned);
+                [dq, dk, dv]
             }
-        }
+            Shared::Strip(saved) => {
+                let [of_strip, saved] = *saved;
+                let first = of_strip.0.dims()[1];
+                let of_first = along(&dy, 0..first);
+                // Without a gradient the first queries give none to q, k and v.
+                let rest = replaced(dy, of_first.zeros_like());
+                let strip = gradients(self.over_keys(first), of_strip, of_first);
+                let [first_dq, dk, dv] = strip;
+                let ([first_dk, first_dv], returned) = self.returned([dk, dv]);
+                let [dq, dk, dv] = gradients(self.over_own(), saved, rest);
+                let (dk, dv) = (added(dk, 0, first_dk), added(dv, 0, first_dv));
+                let [dk, dv] = self.with_returned([dk, dv], returned);
+                [replaced(dq, first_dq), dk, dv]
+            }
+        };
+        [dq, dk, dv].map(|g| Some(g.into()))
     }
+}
+
+fn forward(output: Tensor<4>, saved: Shared) -> Forward<Shared> {
+    Forward {
+        output: output.into(),
+        extra: vec![],
+        saved,
+    }
+}
+
+fn run(inner: &Attention, inputs: [Tensor<4>; 3]) -> (Tensor<4>, Saved) {
+    let done = inner.forward(inputs.map(Value::from));
+    (done.output.tensor(), done.saved)
 }
 
 /// Whether heads can travel among `ranks`.
@@ -84,33 +121,45 @@ pub(super) fn heads_divide(groups: usize, ranks: usize) -> bool {
 }
 
 impl SharedAttention {
-    fn form(&self, groups: usize) -> Form {
-        let divide = heads_divide(groups, self.context.size());
+    fn heads_travel(&self, groups: usize) -> bool {
+        let ranks = self.context.size();
+        let divide = heads_divide(groups, ranks);
         match (self.spec.window, self.context.settings.attention) {
-            (Some(_), _) | (None, AttentionExchange::Keys) => Form::Keys,
+            (Some(_), _) | (None, AttentionExchange::Keys) => false,
+            (None, AttentionExchange::Auto) => divide,
             (None, AttentionExchange::Heads) => {
-                assert!(
-                    divide,
-                    "{groups} key-value heads among {} ranks",
-                    self.context.size()
-                );
-                Form::Heads
+                assert!(divide, "{groups} key-value heads among {ranks} ranks");
+                true
             }
-            (None, AttentionExchange::Auto) if divide => Form::Heads,
-            (None, AttentionExchange::Auto) => Form::Keys,
         }
     }
 
-    /// The attention that is left to this rank.
-    fn inner(&self, form: Form) -> Attention {
-        let here = self.packing.positions();
-        let (query_offset, keys) = match form {
-            Form::Heads => (0, 0..self.packing.whole().length()),
-            Form::Keys => {
-                let reach = self.reach(self.context.rank());
-                (reach, here.start - reach..here.end)
-            }
-        };
+    /// How many queries are done apart, where the others see only this rank's own keys: those within the
+    /// window of its edge, if they are few enough to be worth it.
+    fn strip(&self) -> Option<usize> {
+        let first = self.spec.window? - 1;
+        let worth = self.reach(self.context.rank()) > 0 && 2 * first <= self.packing.length();
+        worth.then_some(first)
+    }
+
+    /// Attention over all tokens, with a share of the heads.
+    fn over_heads(&self) -> Attention {
+        self.over(0, 0..self.packing.whole().length())
+    }
+
+    /// Attention of the first `queries` of this rank, with the keys before them.
+    fn over_keys(&self, queries: usize) -> Attention {
+        let begin = self.packing.positions().start;
+        let reach = self.reach(self.context.rank());
+        self.over(reach, begin - reach..begin + queries)
+    }
+
+    /// Attention of this rank's tokens among themselves.
+    fn over_own(&self) -> Attention {
+        self.over(0, self.packing.positions())
+    }
+
+    fn over(&self, query_offset: usize, keys: Range<usize>) -> Attention {
         let packing = match self.context.planted(Fault::KeysWithoutDocuments) {
             true => Packing::whole_rows(self.packing.rows().len(), keys.len()),
             false => self.packing.part(keys),
@@ -161,6 +210,9 @@ impl SharedAttention {
         receives: &[(usize, usize)],
         like: &Tensor<4>,
     ) -> Vec<[Tensor<4>; 2]> {
+        if sends.is_empty() && receives.is_empty() {
+            return vec![];
+        }
         let [batch, _, groups, size] = like.dims();
         let len = |count: usize| batch * count * groups * size;
         let sends = sends.into_iter().map(|(to, [k, v])| {
@@ -192,25 +244,25 @@ impl SharedAttention {
         parts.collect()
     }
 
-    /// Keys and values with those before them that this rank sees: `[B, N, G, E]` → `[B, S, G, E]`.
-    fn fetched(&self, [k, v]: [Tensor<4>; 2]) -> [Tensor<4>; 2] {
+    /// The first `own` keys and values with those before them that this rank sees:
+    /// `[B, N, G, E]` → `[B, S, G, E]`.
+    fn fetched(&self, [k, v]: [&Tensor<4>; 2], own: usize) -> [Tensor<4>; 2] {
         let tokens = self.packing.length();
         let strip = |x: &Tensor<4>, count: usize| along(x, tokens - count..tokens);
         let right = self.right().into_iter();
-        let sends = right.map(|(to, count)| (to, [strip(&k, count), strip(&v, count)]));
-        let left = self.left();
-        let mut parts = self.trade(sends.collect(), &left, &k);
-        if parts.is_empty() {
-            return [k, v];
+        let sends = right.map(|(to, count)| (to, [strip(k, count), strip(v, count)]));
+        let mut parts = self.trade(sends.collect(), &self.left(), k);
+        if parts.is_empty() && own == tokens {
+            return [k.clone(), v.clone()];
         }
-        parts.push([k, v]);
+        parts.push([along(k, 0..own), along(v, 0..own)]);
         let (k, v): (Vec<_>, Vec<_>) = parts.into_iter().map(|[k, v]| (k, v)).unzip();
         [Tensor::cat(k, 1), Tensor::cat(v, 1)]
     }
 
-    /// The gradients of this rank's keys and values, with what other ranks give to them, from those of
-    /// all that it saw: `[B, S, G, E]` → `[B, N, G, E]`.
-    fn returned(&self, [dk, dv]: [Tensor<4>; 2]) -> [Tensor<4>; 2] {
+    /// Sends the gradients of fetched keys and values, `[B, S, G, E]`, to their ranks: what is left of
+    /// them for this rank's own, and what the ranks behind it send of its last ones.
+    fn returned(&self, [dk, dv]: [Tensor<4>; 2]) -> ([Tensor<4>; 2], Vec<[Tensor<4>; 2]>) {
         let mut begin = 0;
         let sends = self.left().into_iter().map(|(to, count)| {
             let range = begin..begin + count;
@@ -218,14 +270,23 @@ impl SharedAttention {
             (to, [along(&dk, range.clone()), along(&dv, range)])
         });
         let sends = sends.collect();
-        let right = self.right();
-        let parts = self.trade(sends, &right, &dk);
+        let parts = self.trade(sends, &self.right(), &dk);
         let own = begin..dk.dims()[1];
-        let (mut dk, mut dv) = (along(&dk, own.clone()), along(&dv, own));
-        let longest = right.iter().map(|(_, count)| *count).max().unwrap_or(0);
-        if longest > 0 && !self.context.planted(Fault::KeyGradientDropped) {
-            let (k, v): (Vec<_>, Vec<_>) = parts.into_iter().map(|[k, v]| (k, v)).unzip();
-            (dk, dv) = (added(dk, k, longest), added(dv, v, longest));
+        ([along(&dk, own.clone()), along(&dv, own)], parts)
+    }
+
+    /// Gradients of this rank's keys and values with those of its last ones: `[B, N, G, E]`.
+    fn with_returned(
+        &self,
+        [mut dk, mut dv]: [Tensor<4>; 2],
+        returned: Vec<[Tensor<4>; 2]>,
+    ) -> [Tensor<4>; 2] {
+        if self.context.planted(Fault::KeyGradientDropped) {
+            return [dk, dv];
+        }
+        for [k, v] in returned {
+            let at = dk.dims()[1] - k.dims()[1];
+            (dk, dv) = (added(dk, at, k), added(dv, at, v));
         }
         [dk, dv]
     }
@@ -299,23 +360,18 @@ fn along(x: &Tensor<4>, range: Range<usize>) -> Tensor<4> {
     x.clone().slice([0..rows, range])
 }
 
-/// x plus `parts` at its end, the longest of which has `longest` tokens; summed wide, rounded once.
-fn added(x: Tensor<4>, parts: Vec<Tensor<4>>, longest: usize) -> Tensor<4> {
-    let (tokens, dtype) = (x.dims()[1], x.dtype());
-    let mut end = widen(along(&x, tokens - longest..tokens));
-    for part in parts {
-        let before = longest - part.dims()[1];
-        let sum = along(&end, before..longest) + widen(part);
-        end = match before {
-            0 => sum,
-            _ => Tensor::cat(vec![along(&end, 0..before), sum], 1),
-        };
-    }
-    let end = cast(end, dtype);
-    match tokens - longest {
-        0 => end,
-        before => Tensor::cat(vec![along(&x, 0..before), end], 1),
-    }
+/// x with `part` added from token `at` on, summed wide and rounded once.
+fn added(x: Tensor<4>, at: usize, part: Tensor<4>) -> Tensor<4> {
+    let (rows, dtype) = (x.dims()[0], x.dtype());
+    let range = at..at + part.dims()[1];
+    let sum = cast(widen(along(&x, range.clone())) + widen(part), dtype);
+    x.slice_assign([0..rows, range], sum)
+}
+
+/// x with its first tokens replaced.
+fn replaced(x: Tensor<4>, first: Tensor<4>) -> Tensor<4> {
+    let [rows, count, _, _] = first.dims();
+    x.slice_assign([0..rows, 0..count], first)
 }
 
 #[cfg(test)]

@@ -218,7 +218,7 @@ impl<'a> Carry<'a> {
         // slices: [P, R, M], from rank j what it has of this rank's slice
         let at = |rank: usize, row: usize| {
             let begin = (rank * rows.len() + row) * slice;
-            slices.clone().slice([begin..begin + slice])
+            slices.clone().narrow(0, begin, slice)
         };
         let sums: Vec<_> = rows
             .iter()
@@ -237,7 +237,7 @@ impl<'a> Carry<'a> {
         // [P, R, M] → [R, P, M], the slices of each row's sum
         let sums = turned(sums, [ranks, rows.len()]);
         let each = slice * ranks;
-        let row = |i: usize| sums.clone().slice([i * each..i * each + self.elements()]);
+        let row = |i: usize| sums.clone().narrow(0, i * each, self.elements());
         Ok((0..rows.len()).map(|i| Some(row(i))).collect())
     }
 
@@ -254,7 +254,7 @@ impl<'a> Carry<'a> {
         let sums = rows.iter().enumerate().map(|(i, &row)| {
             let of_rank = |rank: usize| {
                 let begin = (rank * rows.len() + i) * each;
-                all.clone().slice([begin..begin + each])
+                all.clone().narrow(0, begin, each)
             };
             let all: Vec<Tensor<1>> = (0..group.size()).map(of_rank).collect();
             self.scan(row, &all).swap_remove(group.rank())
@@ -290,7 +290,7 @@ impl<'a> Carry<'a> {
             let received = self.unpacked(received.swap_remove(0));
             let mut begin = 0;
             for (sum, _) in sums.iter_mut().zip(needed).filter(|(_, needed)| *needed) {
-                *sum = Some(received.clone().slice([begin..begin + self.elements()]));
+                *sum = Some(received.clone().narrow(0, begin, self.elements()));
                 begin += self.elements();
             }
         }
