@@ -1,13 +1,16 @@
 //! Causal attention: full or sliding window, grouped key-value heads, packed documents.
 
 mod reference;
-mod shared;
+pub(crate) mod shared;
 
 use burn::tensor::Tensor;
 
 use crate::context::Context;
 use crate::function::{Forward, Function, Value, apply};
 use crate::packing::Packing;
+use shared::SharedAttention;
+
+pub use shared::heads_divide;
 
 /// What a query may see.
 #[derive(Clone, Debug)]
@@ -44,42 +47,28 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: AttentionSpec) 
         spec.query_offset
     );
     let inputs = [q.into(), k.into(), v.into()];
-    let part = spec
-        .packing
-        .as_ref()
-        .filter(|p| p.length() < p.whole().length());
-    match (part, &spec.context) {
-        (None, _) => apply(Attention { spec }, inputs),
-        (Some(_), None) => panic!("queries in a part of rows see nothing of the other parts"),
-        (Some(packing), Some(context)) => {
-            assert_eq!(
-                (spec.query_offset, queries),
-                (0, keys),
-                "this rank's own keys"
-            );
-            let shared = shared::SharedAttention {
-                packing: packing.clone(),
-                context: context.clone(),
-                spec,
-            };
-            apply(shared, inputs)
-        }
+    let part = |p: &Packing| p.length() < p.whole().length();
+    if !spec.packing.as_ref().is_some_and(part) {
+        return apply(Attention { spec }, inputs).tensor();
     }
-    .tensor()
-}
-
-/// Whether key-value heads can travel among the ranks of a context group instead of keys.
-pub fn heads_divide(groups: usize, ranks: usize) -> bool {
-    shared::heads_divide(groups, ranks)
+    assert_eq!(
+        (spec.query_offset, queries),
+        (0, keys),
+        "this rank's own keys"
+    );
+    match SharedAttention::new(&spec) {
+        Some(shared) => apply(shared, inputs).tensor(),
+        None => panic!("queries in a part of rows see nothing of the other parts"),
+    }
 }
 
 #[derive(Debug)]
-struct Attention {
+pub(crate) struct Attention {
     spec: AttentionSpec,
 }
 
 /// q, k, v, the output, and the log-sum-exp of each query's scores `[B, H, N]`.
-type Saved = (Tensor<4>, Tensor<4>, Tensor<4>, Tensor<4>, Tensor<3>);
+pub(crate) type Saved = (Tensor<4>, Tensor<4>, Tensor<4>, Tensor<4>, Tensor<3>);
 
 impl Function<3> for Attention {
     type Saved = Saved;
