@@ -7,6 +7,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device, Tensor};
 use ttt_data::{Dataset, IGNORE, Row, Split};
 use ttt_kernels::context::{AttentionExchange, StateExchange};
+use ttt_kernels::ops::flat::joined;
 use ttt_kernels::testing::{relative_error_of, values};
 use ttt_kernels::{ContextSettings, Packing};
 use ttt_model::rope::RopeTable;
@@ -167,7 +168,7 @@ fn pass(case: Case, mesh: &Mesh) -> Pass {
     let sum = |t: Tensor<1>| values(&mesh.all_reduce_sum(t).expect("all ranks"))[0];
     let mut gradients = vec![];
     for unit in &mut model.units {
-        let shard = unit.take_gradient(mesh).expect("all ranks");
+        let shard = joined(unit.take_gradient(mesh).expect("all ranks"));
         let flat = values(&mesh.shard.all_gather(shard).expect("all ranks"));
         for (i, spec) in unit.layout.specs.iter().enumerate() {
             gradients.push((spec.name.clone(), flat[unit.layout.range(i)].to_vec()));
