@@ -15,12 +15,13 @@ mod whole_model;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use golden_file::Golden;
 use golden_report::{GRADIENT_LIMIT, LOGITS_LIMIT, LOSS_LIMIT, MLP_LIMIT, Report};
 use ttt_kernels::Packing;
 use ttt_kernels::testing::{relative_error_of, values};
-use ttt_model::Target;
 use ttt_model::mlp::Mlp;
+use ttt_model::{Batch, Target};
 use whole_model::{WholeModel, token_ids};
 
 #[test]
@@ -153,7 +154,8 @@ fn check_mlps(golden: &Golden, model: &WholeModel, report: &mut Report) -> Resul
             report.holds(&format!("mlp{layer}.t is the target source"), same);
         }
         let mlp = Mlp::new(&golden.config, layer, model.block(layer));
-        let y = mlp.forward(x, source, &golden.packing(), None).output;
+        let batch = Batch::training(&golden.config, golden.packing(), &Device::flex());
+        let y = mlp.forward(x, source, &batch).output;
         report.relative(
             "mlp",
             &format!("mlp{layer}.y"),

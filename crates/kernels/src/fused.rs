@@ -52,6 +52,9 @@ pub fn attention_sublayer(
     (cos, sin): (&Tensor<2>, &Tensor<2>),
     spec: &AttentionSpec,
 ) -> Option<Tensor<3>> {
+    if spec.context.is_some() {
+        return None; // keys travel between the rotation and the scores
+    }
     #[cfg(feature = "cuda")]
     return crate::cuda::sublayer::attention(x, weights, (cos, sin), spec);
     #[cfg(not(feature = "cuda"))]

@@ -16,6 +16,7 @@
 
 pub mod bench;
 pub mod clock;
+pub mod context;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod doctor;
@@ -30,6 +31,7 @@ pub mod reference;
 pub mod testing;
 pub mod work;
 
+pub use context::{Context, ContextSettings};
 pub use ops::attention::{AttentionSpec, attention};
 pub use ops::cross_entropy::{linear_cross_entropy, token_losses};
 pub use ops::embedding::embedding;

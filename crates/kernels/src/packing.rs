@@ -1,17 +1,22 @@
 //! Where documents begin in the rows of a batch, and how chunks and documents cut a row.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 /// The documents packed into the rows of one batch.
 ///
-/// Known on the host, so that the TTT layer can lay out its work without asking the device.
+/// Known on the host, so that the TTT layer can lay out its work without asking the device. The rows may
+/// be a part of longer ones ([`Packing::part`]), where each rank of a context group holds one; positions
+/// are then those in the part, and chunks lie on the grid of the whole row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packing {
     length: usize,
     /// For each row, where documents begin: ascending, the first 0.
     rows: Vec<Vec<usize>>,
+    /// The rows that these are a part of, and where the part begins.
+    whole: Option<(Arc<Packing>, usize)>,
 }
 
 /// A document layout that no row can have.
@@ -43,7 +48,11 @@ impl Packing {
                 });
             }
         }
-        Ok(Self { length, rows })
+        Ok(Self {
+            length,
+            rows,
+            whole: None,
+        })
     }
 
     /// One document in each of `rows` rows of `length` tokens.
@@ -51,7 +60,49 @@ impl Packing {
         Self {
             length,
             rows: vec![vec![0]; rows],
+            whole: None,
         }
+    }
+
+    /// The tokens `range` of every row, of the whole rows if these are a part themselves. A document that
+    /// began before the part begins at its first token, and the part knows so.
+    ///
+    /// # Panics
+    /// If `range` is empty or reaches past the rows.
+    pub fn part(&self, range: Range<usize>) -> Self {
+        let whole = match &self.whole {
+            Some((whole, _)) => whole.clone(),
+            None => Arc::new(self.clone()),
+        };
+        assert!(
+            range.start < range.end && range.end <= whole.length,
+            "a part {range:?} of rows of {} tokens",
+            whole.length
+        );
+        let cut = |starts: &Vec<usize>| {
+            let inside = starts.iter().filter(|start| range.contains(*start));
+            let inside = inside.map(|start| start - range.start);
+            let first = [0].into_iter();
+            let mut cut: Vec<usize> = first.chain(inside).collect();
+            cut.dedup();
+            cut
+        };
+        Self {
+            length: range.len(),
+            rows: whole.rows.iter().map(cut).collect(),
+            whole: Some((whole, range.start)),
+        }
+    }
+
+    /// The rows that these are a part of; these, if they are whole.
+    pub fn whole(&self) -> &Packing {
+        self.whole.as_ref().map_or(self, |(whole, _)| whole)
+    }
+
+    /// Positions of the tokens in the whole rows.
+    pub fn positions(&self) -> Range<usize> {
+        let begin = self.whole.as_ref().map_or(0, |(_, begin)| *begin);
+        begin..begin + self.length
     }
 
     /// Tokens of a row.
@@ -87,28 +138,43 @@ impl Packing {
         Tensor::from_data(TensorData::new(all, [self.rows.len(), self.length]), device)
     }
 
-    /// The pieces of row `row` on the absolute chunk grid: chunk(p) = ⌊p / `chunk`⌋, cut again where
-    /// documents begin (docs/in-place-ttt.md, section 4).
+    /// The positions, in the whole rows, of the document of row `row` that covers position `at` of the
+    /// whole row.
+    pub fn document_around(&self, row: usize, at: usize) -> Range<usize> {
+        let whole = self.whole();
+        let starts = &whole.rows[row];
+        let next = starts.partition_point(|&start| start <= at);
+        starts[next - 1]..starts.get(next).copied().unwrap_or(whole.length)
+    }
+
+    /// The pieces of row `row` on the chunk grid of the whole row: chunk(p) = ⌊p / `chunk`⌋, cut again
+    /// where documents begin (docs/in-place-ttt.md, section 4). A part has the pieces that the whole row
+    /// has there: its first may read what was written before it, its last may write for those behind it.
     ///
     /// # Panics
-    /// If `chunk` is 0.
+    /// If `chunk` is 0, or the ends of a part are not those of chunks.
     pub fn pieces(&self, row: usize, chunk: usize) -> Vec<Piece> {
-        let starts = &self.rows[row];
+        let here = self.positions();
+        let whole = self.whole().length;
+        let on_grid = |at: usize| at.is_multiple_of(chunk) || at == whole;
+        assert!(
+            on_grid(here.start) && on_grid(here.end),
+            "a part {here:?} that cuts chunks of {chunk} tokens"
+        );
         let mut pieces: Vec<Piece> = Vec::new();
-        let mut document = 0; // index into starts
-        let mut begin = 0;
-        while begin < self.length {
+        let mut begin = here.start;
+        while begin < here.end {
             let chunk_begin = begin - begin % chunk;
-            let chunk_end = (chunk_begin + chunk).min(self.length);
-            let next_document = starts.get(document + 1).copied().unwrap_or(self.length);
-            let end = chunk_end.min(next_document);
-            let document_start = starts[document];
+            let chunk_end = (chunk_begin + chunk).min(whole);
+            let document = self.document_around(row, begin);
+            let end = chunk_end.min(document.end);
             // Only a later chunk of the same document can read what this piece writes.
-            let read_later = end == chunk_end && end < self.length && end != next_document;
-            let reads = document_start < chunk_begin;
+            let read_later = end < document.end;
+            let reads = document.start < chunk_begin;
             pieces.push(Piece {
-                range: begin..end,
-                document_start,
+                range: begin - here.start..end - here.start,
+                document_start: document.start.saturating_sub(here.start),
+                carried: document.start < here.start,
                 reads,
                 write: match (read_later, reads) {
                     (false, _) => Write::Nothing,
@@ -116,9 +182,6 @@ impl Packing {
                     (true, false) => Write::Replace,
                 },
             });
-            if end == next_document {
-                document += 1;
-            }
             begin = end;
         }
         pieces
@@ -130,8 +193,10 @@ impl Packing {
 pub struct Piece {
     /// Positions in the row.
     pub range: Range<usize>,
-    /// Where the piece's document begins in the row.
+    /// Where the piece's document begins in the row; 0 also if it began before the part at hand.
     pub document_start: usize,
+    /// Whether the document began before the part at hand.
+    pub carried: bool,
     /// Whether the document began in an earlier chunk, so that the running state is its own.
     pub reads: bool,
     /// What the piece does to the running state once it has been applied.
@@ -188,6 +253,36 @@ mod tests {
                 }
             }
             prop_assert_eq!(covered, length);
+        }
+    }
+
+    proptest! {
+        /// Parts have the pieces of the whole row, moved, and know what was cut off.
+        #[test]
+        fn parts_have_the_pieces_of_the_whole((length, chunk, starts) in layout(), chunks in 1usize..4) {
+            let whole = Packing::new(length, vec![starts]).unwrap();
+            let of_whole = whole.pieces(0, chunk);
+            let mut of_parts = vec![];
+            for begin in (0..length).step_by(chunks * chunk) {
+                let range = begin..length.min(begin + chunks * chunk);
+                // A part of a part is counted from the whole row.
+                let part = whole.part(0..length).part(range.clone());
+                prop_assert_eq!(part.positions(), range.clone());
+                let documents = whole.document_start(0);
+                for (i, &start) in part.document_start(0).iter().enumerate() {
+                    let of_whole = documents[begin + i] as usize;
+                    prop_assert_eq!(start as usize, of_whole.saturating_sub(begin));
+                }
+                for mut piece in part.pieces(0, chunk) {
+                    let of_whole = documents[begin + piece.range.start] as usize;
+                    prop_assert_eq!(piece.carried, of_whole < begin);
+                    prop_assert_eq!(piece.document_start, of_whole.saturating_sub(begin));
+                    piece.range = piece.range.start + begin..piece.range.end + begin;
+                    (piece.document_start, piece.carried) = (of_whole, false);
+                    of_parts.push(piece);
+                }
+            }
+            prop_assert_eq!(of_parts, of_whole);
         }
     }
 

@@ -61,6 +61,7 @@ fn peak(
         chunk: LENGTH / chunks,
         clip: None,
         packing: Packing::whole_rows(1, LENGTH),
+        context: None,
     };
     let before = USED.load(Relaxed);
     PEAK.store(before, Relaxed);

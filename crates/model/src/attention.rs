@@ -2,9 +2,10 @@
 
 use burn::tensor::Tensor;
 use ttt_kernels::fused::{self, AttentionWeights};
-use ttt_kernels::{AttentionSpec, Packing, attention, linear, rms_norm, rope};
+use ttt_kernels::{AttentionSpec, attention, linear, rms_norm, rope};
 
 use crate::config::ModelConfig;
+use crate::model::Batch;
 use crate::params::Params;
 use crate::rope::RopeTable;
 
@@ -93,8 +94,7 @@ impl Attention {
         &self,
         x: &Tensor<3>,
         gain: &Tensor<1>,
-        rope_table: &RopeTable,
-        packing: &Packing,
+        batch: &Batch,
     ) -> Option<Tensor<3>> {
         let projections = [&self.q_proj, &self.k_proj, &self.v_proj];
         if projections.iter().any(|p| p.bias.is_some()) {
@@ -110,30 +110,42 @@ impl Attention {
             head_size: self.head_size,
             eps: self.eps,
         };
-        let spec = self.spec(0, Some(packing.clone()));
-        let tables = (&rope_table.cos, &rope_table.sin);
-        fused::attention_sublayer(x, &weights, tables, &spec)
+        let tables = (&batch.rope.cos, &batch.rope.sin);
+        fused::attention_sublayer(x, &weights, tables, &self.spec_within(batch))
     }
 
-    fn spec(&self, query_offset: usize, packing: Option<Packing>) -> AttentionSpec {
+    fn spec(&self, query_offset: usize) -> AttentionSpec {
         AttentionSpec {
             window: self.window,
             scale: (self.head_size as f64).powf(-0.5),
             query_offset,
-            packing,
+            packing: None,
+            context: None,
         }
+    }
+
+    fn spec_within(&self, batch: &Batch) -> AttentionSpec {
+        AttentionSpec {
+            packing: Some(batch.packing.clone()),
+            context: batch.context.clone(),
+            ..self.spec(0)
+        }
+    }
+
+    /// The tokens of a batch against each other, each within its document, and the output projection:
+    /// `[B, N, D]`.
+    pub fn attend_within(&self, qkv: [Tensor<4>; 3], batch: &Batch) -> Tensor<3> {
+        self.mix(qkv, self.spec_within(batch))
     }
 
     /// Queries from position `query_offset` on against all keys, and the output projection:
     /// `[B, N, D]`.
-    pub fn attend(
-        &self,
-        [q, k, v]: [Tensor<4>; 3],
-        query_offset: usize,
-        packing: Option<Packing>,
-    ) -> Tensor<3> {
+    pub fn attend(&self, qkv: [Tensor<4>; 3], query_offset: usize) -> Tensor<3> {
+        self.mix(qkv, self.spec(query_offset))
+    }
+
+    fn mix(&self, [q, k, v]: [Tensor<4>; 3], spec: AttentionSpec) -> Tensor<3> {
         let [batch, tokens, heads, size] = q.dims();
-        let spec = self.spec(query_offset, packing);
         let mixed: Tensor<3> = attention(q, k, v, spec).reshape([batch, tokens, heads * size]);
         linear(mixed, self.o_proj.clone())
     }

@@ -39,15 +39,13 @@ impl Block {
 
     /// x + attention(norm(x))
     fn attention_half(&self, x: Tensor<3>, batch: &Batch) -> Tensor<3> {
-        let fused = self
-            .self_attn
-            .fused(&x, &self.input_layernorm, &batch.rope, &batch.packing);
+        let fused = self.self_attn.fused(&x, &self.input_layernorm, batch);
         if let Some(x) = fused {
             return x;
         }
         let normed = rms_norm(x.clone(), self.input_layernorm.clone(), self.eps);
         let qkv = self.self_attn.project(normed, &batch.rope);
-        x + self.self_attn.attend(qkv, 0, Some(batch.packing.clone()))
+        x + self.self_attn.attend_within(qkv, batch)
     }
 
     /// x + mlp(norm(x))
@@ -60,11 +58,10 @@ impl Block {
             };
         }
         let mlp = match self.mlp.fused_activate(&x, gain, self.eps) {
-            Some(z) => self.mlp.down(z, embeddings, &batch.packing, batch.clip),
+            Some(z) => self.mlp.down(z, embeddings, batch),
             None => {
                 let normed = rms_norm(x.clone(), gain.clone(), self.eps);
-                self.mlp
-                    .forward(normed, embeddings, &batch.packing, batch.clip)
+                self.mlp.forward(normed, embeddings, batch)
             }
         };
         MlpOutput {

@@ -150,7 +150,7 @@ impl Decoder {
         let offset = k.dims()[1] - q.dims()[1];
         let window = block.self_attn.window();
         cache.keys_values = Some((latest(&k, window), latest(&v, window)));
-        let x = x + block.self_attn.attend([q, k, v], offset, None);
+        let x = x + block.self_attn.attend([q, k, v], offset);
 
         let normed = rms_norm(x.clone(), block.post_attention_layernorm.clone(), block.eps);
         let z = block.mlp.activate(normed.clone());

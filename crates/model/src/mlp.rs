@@ -2,9 +2,10 @@
 
 use burn::tensor::Tensor;
 use ttt_kernels::fused::{self, GateWeights};
-use ttt_kernels::{Packing, linear, swiglu};
+use ttt_kernels::{linear, swiglu};
 
 use crate::config::{ModelConfig, Target};
+use crate::model::Batch;
 use crate::params::Params;
 use crate::ttt::{Ttt, TttOutput};
 
@@ -86,30 +87,18 @@ impl Mlp {
         }
     }
 
-    /// x, embeddings: `[B, N, D]`. `clip` bounds the fast updates, at inference only.
-    pub fn forward(
-        &self,
-        x: Tensor<3>,
-        embeddings: Tensor<3>,
-        packing: &Packing,
-        clip: Option<f64>,
-    ) -> MlpOutput {
+    /// x, embeddings: `[B, N, D]`.
+    pub fn forward(&self, x: Tensor<3>, embeddings: Tensor<3>, batch: &Batch) -> MlpOutput {
         let z = self.activate(x.clone());
         let source = match &self.ttt {
             Some(ttt) => ttt.source(x, embeddings),
             None => embeddings,
         };
-        self.down(z, source, packing, clip)
+        self.down(z, source, batch)
     }
 
     /// The down projection of z `[B, N, F]`; `source` `[B, N, D]` is where targets come from.
-    pub(crate) fn down(
-        &self,
-        z: Tensor<3>,
-        source: Tensor<3>,
-        packing: &Packing,
-        clip: Option<f64>,
-    ) -> MlpOutput {
+    pub(crate) fn down(&self, z: Tensor<3>, source: Tensor<3>, batch: &Batch) -> MlpOutput {
         match &self.ttt {
             None => MlpOutput {
                 output: linear(z, self.down_proj.clone()),
@@ -119,7 +108,7 @@ impl Mlp {
                 let TttOutput {
                     output,
                     state_ratio,
-                } = ttt.down(z, source, self.down_proj.clone(), packing, clip);
+                } = ttt.down(z, source, self.down_proj.clone(), batch);
                 MlpOutput {
                     output,
                     state_ratio: Some(state_ratio),

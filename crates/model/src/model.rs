@@ -1,7 +1,9 @@
 //! The ends of the model: embedding, head, and what a batch brings along.
 
 use burn::tensor::{DType, Device, Int, Tensor};
-use ttt_kernels::{Packing, embedding, linear, linear_cross_entropy, rms_norm, token_losses};
+use ttt_kernels::{
+    Context, Packing, embedding, linear, linear_cross_entropy, rms_norm, token_losses,
+};
 
 use crate::config::ModelConfig;
 use crate::params::Params;
@@ -10,9 +12,11 @@ use crate::rope::RopeTable;
 /// What every block needs to know about a batch beside its activations.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// The documents of the rows.
+    /// The documents of the rows, or of this rank's part of them.
     pub packing: Packing,
-    /// RoPE tables for positions 0..N.
+    /// The ranks that have the other parts of the rows, if there are any.
+    pub context: Option<Context>,
+    /// RoPE tables for the positions of the tokens in their rows.
     pub rope: RopeTable,
     /// Bound on the fast updates: `config.ttt.clip` at inference, `None` in training.
     pub clip: Option<f64>,
@@ -22,8 +26,9 @@ impl Batch {
     /// A batch to train on.
     pub fn training(config: &ModelConfig, packing: Packing, device: &Device) -> Self {
         Self {
-            rope: RopeTable::new(config, 0..packing.length(), device),
+            rope: RopeTable::new(config, packing.positions(), device),
             packing,
+            context: None,
             clip: None,
         }
     }

@@ -6,6 +6,7 @@ use ttt_kernels::ttt::{ScanSpec, chunk_conv, fast_weight_scan, shift_targets};
 use ttt_kernels::{Packing, linear};
 
 use crate::config::{ModelConfig, Target, TttConfig};
+use crate::model::Batch;
 use crate::params::Params;
 
 /// The learned parts of a TTT layer beside its MLP.
@@ -23,7 +24,8 @@ pub struct Ttt {
 pub struct TttOutput {
     /// `[B, N, D]`
     pub output: Tensor<3>,
-    /// ‖η S‖_F / ‖W_0‖_F for the largest final state of a document, f32 `[1]`.
+    /// ‖η S‖_F / ‖W_0‖_F for the largest final state of a document (of those that end on this rank),
+    /// f32 `[1]`.
     pub state_ratio: Tensor<1>,
 }
 
@@ -65,20 +67,14 @@ impl Ttt {
     }
 
     /// The down projection with fast weights: z `[B, N, F]`, source `[B, N, D]`, w0 `[D, F]`.
-    pub fn down(
-        &self,
-        z: Tensor<3>,
-        source: Tensor<3>,
-        w0: Tensor<2>,
-        packing: &Packing,
-        clip: Option<f64>,
-    ) -> TttOutput {
-        let v = self.targets(source, packing);
+    pub fn down(&self, z: Tensor<3>, source: Tensor<3>, w0: Tensor<2>, batch: &Batch) -> TttOutput {
+        let v = self.targets(source, &batch.packing);
         let spec = ScanSpec {
             lr: self.config.lr,
             chunk: self.config.chunk,
-            clip,
-            packing: packing.clone(),
+            clip: batch.clip,
+            packing: batch.packing.clone(),
+            context: batch.context.clone(),
         };
         let norm = cast(w0.clone().inner(), burn::tensor::DType::F32)
             .square()

@@ -4,8 +4,12 @@
 //! more ranks change no line of it.
 
 mod group;
+mod host;
+mod mailbox;
 mod mesh;
+mod single;
 pub mod threads;
 
-pub use group::{CommError, ProcessGroup, SingleRank};
-pub use mesh::Mesh;
+pub use group::{CommError, Pending, ProcessGroup, Receive, part_of};
+pub use mesh::{Layout, Mesh};
+pub use single::SingleRank;

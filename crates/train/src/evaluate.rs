@@ -5,6 +5,7 @@ use ttt_parallel::Mesh;
 
 use std::sync::Arc;
 
+use crate::context;
 use crate::device::read;
 use crate::error::TrainError;
 use crate::step::{MicroBatch, Model};
@@ -52,6 +53,7 @@ pub fn evaluate(
 ) -> Result<Evaluation, TrainError> {
     let all = dataset.sequential(length)?;
     let rows = (rows as u64).min(all.len());
+    let part = context::part(length, mesh)?;
     let mut sums = vec![(0.0, 0u64); length];
     let mut row = 0;
     while row < rows {
@@ -59,9 +61,11 @@ pub fn evaluate(
         let batch = (row..end)
             .map(|i| all.row(i))
             .collect::<Result<Vec<_>, _>>()?;
-        let losses = read(&model.token_losses(&MicroBatch::new(&batch, &model.device)?, mesh)?)?;
-        for (row, losses) in batch.iter().zip(losses.chunks(length)) {
-            for ((sum, label), loss) in sums.iter_mut().zip(&row.labels).zip(losses) {
+        let micro = MicroBatch::new(&batch, mesh, &model.device)?;
+        let losses = read(&model.token_losses(&micro, mesh)?)?;
+        for (row, losses) in batch.iter().zip(losses.chunks(part.len())) {
+            let here = sums[part.clone()].iter_mut().zip(&row.labels[part.clone()]);
+            for ((sum, label), loss) in here.zip(losses) {
                 if *label != ttt_data::IGNORE {
                     *sum = (sum.0 + loss, sum.1 + 1);
                 }
@@ -69,6 +73,15 @@ pub fn evaluate(
         }
         row = end;
     }
+    // Every other position is zero here: each rank of the context group has its own.
+    let (losses, counts): (Vec<f64>, Vec<f64>) = sums
+        .into_iter()
+        .map(|(sum, count)| (sum, count as f64))
+        .unzip();
+    let losses = context::sum(&losses, mesh, &model.device)?;
+    let counts = context::sum(&counts, mesh, &model.device)?;
+    let counts = counts.into_iter().map(|count| count as u64);
+    let sums: Vec<(f64, u64)> = losses.into_iter().zip(counts).collect();
     let total = |range: &[(f64, u64)]| {
         range
             .iter()

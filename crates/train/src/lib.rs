@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod context;
 pub mod data;
 pub mod device;
 pub mod error;

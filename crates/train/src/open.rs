@@ -59,6 +59,7 @@ impl Opened {
                 compute: device::compute_dtype(kind, config.train.compute),
                 device,
                 rope: RopeCache::default(),
+                context: ttt_kernels::ContextSettings::default(),
             },
             tokenizer: Tokenizer::load(&checkpoint.path().join("tokenizer.json"))?,
             path: checkpoint.path().to_path_buf(),

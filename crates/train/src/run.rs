@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use burn::tensor::Tensor;
+use ttt_kernels::ContextSettings;
 use ttt_model::Unit;
 use ttt_model::decode::Decoder;
 use ttt_parallel::Mesh;
@@ -100,6 +101,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
         compute,
         device: device.clone(),
         rope: RopeCache::default(),
+        context: ContextSettings::default(),
     };
     let mut updater = Updater::new(
         &config.optimizer,
@@ -186,7 +188,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
                 report.progress.finish();
                 return Ok(());
             }
-            let micro = MicroBatch::new(rows, &device)?;
+            let micro = MicroBatch::new(rows, &mesh, &device)?;
             let pass = model.accumulate(&micro, nominal, config.train.activations, &mesh)?;
             loss = loss + pass.loss;
             labelled += micro.labelled;

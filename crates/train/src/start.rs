@@ -302,6 +302,7 @@ mod tests {
             compute: DType::F32,
             device,
             rope: crate::step::RopeCache::default(),
+            context: ttt_kernels::ContextSettings::default(),
         };
         let row = Row {
             input_ids: (0..40).map(|i| i * 7 % 101).collect(),

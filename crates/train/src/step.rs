@@ -6,14 +6,17 @@
 //! a block's forward runs again when its turn comes. The same seam is where parameters are
 //! gathered and gradients are scattered.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use ttt_data::{IGNORE, Row};
-use ttt_kernels::{Packing, backward_from};
+use ttt_kernels::{Context, ContextSettings, Packing, backward_from};
 use ttt_model::rope::RopeTable;
 use ttt_model::{Batch, Block, Embedding, Head, ModelConfig, Params, Target, Unit};
 use ttt_parallel::{CommError, Mesh};
 
 use crate::config::Activations;
+use crate::context;
 use crate::error::TrainError;
 use crate::units::UnitState;
 
@@ -30,13 +33,16 @@ pub struct Model {
     pub device: Device,
     /// RoPE tables, made once per row length.
     pub rope: RopeCache,
+    /// What ranks that share rows send each other.
+    pub context: ContextSettings,
 }
 
-/// The RoPE tables of the latest row length: the host makes them, too slowly for every batch.
+/// The RoPE tables of the latest positions: the host makes them, too slowly for every batch.
 #[derive(Debug, Default)]
-pub struct RopeCache(Option<(usize, RopeTable)>);
+pub struct RopeCache(Option<(Range<usize>, RopeTable)>);
 
-/// Rows on the device.
+/// Rows on the device, or this rank's part of them: the ranks of a context group have the same rows, and
+/// each some of their tokens.
 #[derive(Debug)]
 pub struct MicroBatch {
     /// `[B, N]`
@@ -44,33 +50,39 @@ pub struct MicroBatch {
     /// `[B·N]`
     labels: Tensor<1, Int>,
     packing: Packing,
-    /// Tokens that have a label.
+    /// Tokens here that have a label.
     pub labelled: usize,
 }
 
 impl MicroBatch {
-    /// Uploads rows of equal length.
+    /// Uploads this rank's part of rows of equal length. The label of a part's last token is the first
+    /// token of the next: it comes with the row.
     ///
     /// # Errors
-    /// If a row's document starts are impossible.
-    pub fn new(rows: &[Row], device: &Device) -> Result<Self, TrainError> {
+    /// If a row's document starts are impossible, or the ranks do not divide its length.
+    pub fn new(rows: &[Row], mesh: &Mesh, device: &Device) -> Result<Self, TrainError> {
         let length = rows[0].input_ids.len();
-        let ids = rows.iter().flat_map(|row| &row.input_ids);
+        let part = context::part(length, mesh)?;
+        let ids = rows.iter().flat_map(|row| &row.input_ids[part.clone()]);
         let ids: Vec<i32> = ids.map(|&id| id as i32).collect();
         let labels: Vec<Option<u32>> = rows
             .iter()
-            .flat_map(|row| &row.labels)
+            .flat_map(|row| &row.labels[part.clone()])
             .map(|&label| (label != IGNORE).then_some(label))
             .collect();
         let starts = rows.iter().map(|row| {
             let starts = row.document_starts.iter();
             starts.map(|&start| start as usize).collect()
         });
+        let whole = Packing::new(length, starts.collect())?;
         Ok(Self {
-            ids: Tensor::from_data(TensorData::new(ids, [rows.len(), length]), device),
+            ids: Tensor::from_data(TensorData::new(ids, [rows.len(), part.len()]), device),
             labelled: labels.iter().flatten().count(),
             labels: ttt_kernels::ops::cross_entropy::labels(&labels, device),
-            packing: Packing::new(length, starts.collect())?,
+            packing: match part.len() == length {
+                true => whole,
+                false => whole.part(part),
+            },
         })
     }
 }
@@ -80,7 +92,7 @@ impl MicroBatch {
 pub struct PassOutput {
     /// Summed loss times the given scale: `[1]` f32.
     pub loss: Tensor<1>,
-    /// For each TTT layer, ‖η S‖_F / ‖W_0‖_F: `[1]` f32.
+    /// For each TTT layer, ‖η S‖_F / ‖W_0‖_F, the largest of the ranks that share the rows: `[1]` f32.
     pub state_ratios: Vec<(usize, Tensor<1>)>,
 }
 
@@ -100,15 +112,17 @@ enum Kept {
 }
 
 impl Model {
-    fn batch(&mut self, packing: &Packing, clip: Option<f64>) -> Batch {
-        let length = packing.length();
+    fn batch(&mut self, packing: &Packing, clip: Option<f64>, mesh: &Mesh) -> Batch {
+        let positions = packing.positions();
         let rope = match self.rope.0.take() {
-            Some((of, rope)) if of == length => rope,
-            _ => RopeTable::new(&self.config, 0..length, &self.device),
+            Some((of, rope)) if of == positions => rope,
+            _ => RopeTable::new(&self.config, positions.clone(), &self.device),
         };
-        self.rope.0 = Some((length, rope.clone()));
+        self.rope.0 = Some((positions, rope.clone()));
+        let shared = mesh.context.size() > 1;
         Batch {
             packing: packing.clone(),
+            context: shared.then(|| Context::new(mesh.context.clone(), self.context)),
             rope,
             clip,
         }
@@ -145,7 +159,7 @@ impl Model {
         mesh: &Mesh,
     ) -> Result<PassOutput, TrainError> {
         let config = self.config.clone();
-        let batch = self.batch(&micro.packing, None);
+        let batch = self.batch(&micro.packing, None, mesh);
         let layers = 0..config.num_hidden_layers;
 
         let embedding_params = self.params(Unit::Embedding, mesh)?.tracked();
@@ -173,8 +187,10 @@ impl Model {
                     out.state_ratio
                 }
             };
+            context::check(&batch)?;
             state_ratios.extend(ratio.map(|ratio| (layer, ratio)));
         }
+        let state_ratios = context::largest(state_ratios, mesh)?;
 
         let (loss, mut dx) = self.head_pass(x, micro, scale, mesh)?;
 
@@ -188,6 +204,7 @@ impl Model {
                 }
             };
             let mut gradients = backward_from(graph.output, dx);
+            context::check(&batch)?;
             self.unit(Unit::Block(layer))
                 .add_gradients(graph.params.gradients(&mut gradients), mesh)?;
             if let Some(part) = graph.embeddings.grad_remove(&mut gradients) {
@@ -238,7 +255,7 @@ impl Model {
         Ok((loss.inner(), dx.expect("the head's input reaches the loss")))
     }
 
-    /// The loss of each token, 0 where it has no label: `[B·N]` f32.
+    /// The loss of each token here, 0 where it has no label: `[B·N]` f32.
     ///
     /// # Errors
     /// If a rank is lost.
@@ -248,7 +265,7 @@ impl Model {
         mesh: &Mesh,
     ) -> Result<Tensor<1>, TrainError> {
         let config = self.config.clone();
-        let batch = self.batch(&micro.packing, config.ttt.clip);
+        let batch = self.batch(&micro.packing, config.ttt.clip, mesh);
         let embedding = Embedding::new(&self.params(Unit::Embedding, mesh)?);
         let embeddings = embedding.forward(micro.ids.clone(), self.compute);
         let mut x = embeddings.clone();
@@ -256,6 +273,7 @@ impl Model {
             let params = self.params(Unit::Block(layer), mesh)?;
             let block = Block::new(&config, layer, &params);
             x = block.forward(x, embeddings.clone(), &batch).output;
+            context::check(&batch)?;
         }
         let tied = config.tie_word_embeddings.then_some(embedding.weight);
         let head = Head::new(&config, &self.params(Unit::Head, mesh)?, tied);

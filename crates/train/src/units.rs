@@ -216,17 +216,17 @@ impl UnitState {
         Ok(())
     }
 
-    /// Takes the step's gradient, summed over the replicas: the shard's elements, end to end.
+    /// Takes the step's gradient, summed over all that hold it: the shard's elements, end to end.
     ///
     /// # Errors
     /// If a rank is lost.
     pub fn take_gradient(&mut self, mesh: &Mesh) -> Result<Vec<Part>, CommError> {
         let zeros = || vec![Part::Values(self.master.zeros_like())];
         let own = self.gradient.take().unwrap_or_else(zeros);
-        match mesh.replicate.size() {
+        match mesh.replicas.size() {
             1 => Ok(own),
             _ => {
-                let sum = mesh.replicate.all_reduce_sum(joined(own))?;
+                let sum = mesh.replicas.all_reduce_sum(joined(own))?;
                 Ok(vec![Part::Values(sum)])
             }
         }

@@ -4,13 +4,14 @@ use std::convert::Infallible;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use ttt_data::{IGNORE, Row};
-use ttt_kernels::Packing;
 use ttt_kernels::ops::flat::joined;
 use ttt_kernels::testing::relative_error;
+use ttt_kernels::{ContextSettings, Packing};
 use ttt_model::{
     Batch, Block, Embedding, Head, ModelConfig, ModelType, Params, Target, TttConfig, Unit,
 };
-use ttt_parallel::Mesh;
+use ttt_parallel::threads::on_mesh;
+use ttt_parallel::{Layout, Mesh};
 use ttt_train::config::Activations;
 use ttt_train::init::initial_values;
 use ttt_train::step::{MicroBatch, Model, RopeCache};
@@ -85,6 +86,7 @@ fn model(config: &ModelConfig, device: &Device) -> Model {
         compute: DType::F32,
         device: device.clone(),
         rope: RopeCache::default(),
+        context: ContextSettings::default(),
     }
 }
 
@@ -156,7 +158,8 @@ fn block_by_block_equals_one_graph() {
             // Row by row: accumulated, the gradient is that of both.
             let mut sum = loss.zeros_like();
             for row in &rows {
-                let micro = MicroBatch::new(std::slice::from_ref(row), &device).expect("a batch");
+                let micro =
+                    MicroBatch::new(std::slice::from_ref(row), &mesh, &device).expect("a batch");
                 let pass = model.accumulate(&micro, scale, activations, &mesh);
                 sum = sum + pass.expect("one rank").loss;
             }
@@ -181,18 +184,12 @@ fn sharded_and_replicated_ranks_train_like_one() {
     let config = config(true, Target::Embedding);
     let single = train_on(&config, &Mesh::single());
     for (replicate, shard) in [(1, 2), (2, 1), (2, 2), (1, 3)] {
-        let ranks = mesh_of_threads(replicate, shard);
-        let states: Vec<Vec<Tensor<1>>> = std::thread::scope(|scope| {
-            let config = &config;
-            let threads: Vec<_> = ranks
-                .into_iter()
-                .map(|mesh| scope.spawn(move || train_on(config, &mesh)))
-                .collect();
-            threads
-                .into_iter()
-                .map(|t| t.join().expect("a rank"))
-                .collect()
-        });
+        let layout = Layout {
+            replicate,
+            shard,
+            context: 1,
+        };
+        let states = on_mesh(layout, |mesh| train_on(&config, &mesh));
         for (rank, state) in states.iter().enumerate() {
             for (got, expected) in state.iter().zip(&single) {
                 let got = got.clone().narrow(0, 0, expected.dims()[0]);
@@ -202,23 +199,6 @@ fn sharded_and_replicated_ranks_train_like_one() {
             }
         }
     }
-}
-
-/// One mesh per rank of a `replicate` × `shard` grid.
-fn mesh_of_threads(replicate: usize, shard: usize) -> Vec<Mesh> {
-    use std::sync::Arc;
-    use ttt_parallel::threads::thread_group;
-    let shards: Vec<_> = (0..replicate).map(|_| thread_group(shard)).collect();
-    let mut meshes = vec![];
-    for (s, replicas) in (0..shard).map(|s| (s, thread_group(replicate))) {
-        for (shards, replica) in shards.iter().zip(replicas) {
-            meshes.push(Mesh {
-                replicate: Arc::new(replica),
-                shard: Arc::new(shards[s].clone()),
-            });
-        }
-    }
-    meshes
 }
 
 /// An updater that clips hard, so that the global norm matters.
@@ -252,6 +232,7 @@ fn train_on(config: &ModelConfig, mesh: &Mesh) -> Vec<Tensor<1>> {
         compute: DType::F32,
         device: device.clone(),
         rope: RopeCache::default(),
+        context: ContextSettings::default(),
     };
     let mut updater = updater(vec![]);
     let all: Vec<Row> = (0..12)
@@ -263,7 +244,7 @@ fn train_on(config: &ModelConfig, mesh: &Mesh) -> Vec<Tensor<1>> {
     for step in 0..2 {
         let mut labelled = 0;
         for row in own {
-            let micro = MicroBatch::new(std::slice::from_ref(row), &device).expect("a batch");
+            let micro = MicroBatch::new(std::slice::from_ref(row), mesh, &device).expect("a batch");
             model
                 .accumulate(&micro, 0.01, Activations::Keep, mesh)
                 .expect("all ranks");
@@ -300,7 +281,7 @@ fn learning_rates_by_name() {
         let mut model = model(&config, &Device::flex());
         let before = model.units[1].master.clone();
         let mut updater = updater(overrides);
-        let micro = MicroBatch::new(&rows(), &model.device).expect("a batch");
+        let micro = MicroBatch::new(&rows(), &mesh, &model.device).expect("a batch");
         model
             .accumulate(&micro, 0.01, Activations::Keep, &mesh)
             .expect("one rank");

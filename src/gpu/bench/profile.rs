@@ -6,6 +6,7 @@ use ttt_kernels::clock::{Clock, median};
 use ttt_kernels::doctor;
 use ttt_kernels::profile::{Entry, by_name, record};
 use ttt_kernels::work::Work;
+use ttt_parallel::Mesh;
 use ttt_train::metrics::peak_flops;
 use ttt_train::step::MicroBatch;
 
@@ -17,7 +18,7 @@ use crate::gpu::args::Mode;
 pub fn profile(run: &Run, device: &Device) -> anyhow::Result<()> {
     let mut trainer = Trainer::new(run, 1, device)?;
     let rows = random_rows(run, trainer.config.model.vocab_size);
-    let micro = MicroBatch::new(&rows, device)?;
+    let micro = MicroBatch::new(&rows, &Mesh::single(), device)?;
     for _ in 0..run.warmup {
         trainer.step(&micro)?;
     }

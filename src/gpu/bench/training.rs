@@ -7,7 +7,7 @@ use burn::tensor::{Device, Tensor};
 use serde_json::{Value, json};
 use ttt_data::Row;
 use ttt_kernels::clock::{Clock, median};
-use ttt_kernels::memory;
+use ttt_kernels::{ContextSettings, memory};
 use ttt_model::Unit;
 use ttt_parallel::Mesh;
 use ttt_train::config::Config;
@@ -48,6 +48,7 @@ impl Trainer {
             compute: device::compute_dtype(run.device, None),
             device: device.clone(),
             rope: RopeCache::default(),
+            context: ContextSettings::default(),
         };
         let on_bad = config.train.on_bad_gradient;
         let updater = Updater::new(&config.optimizer, on_bad, None, model.compute, 0.0, device);
@@ -102,7 +103,7 @@ pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
     let begun = Instant::now();
     let mut trainer = Trainer::new(run, 1, device)?;
     let vocab = trainer.config.model.vocab_size;
-    let micro = MicroBatch::new(&random_rows(run, vocab), device)?;
+    let micro = MicroBatch::new(&random_rows(run, vocab), &Mesh::single(), device)?;
     device.sync().context("the device failed")?;
     let init_s = begun.elapsed().as_secs_f64();
 

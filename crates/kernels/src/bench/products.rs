@@ -43,6 +43,7 @@ fn attend(bench: &Bench<'_>, window: Option<usize>) -> Result<Row, String> {
         scale: (HEAD_SIZE as f64).powf(-0.5),
         query_offset: 0,
         packing: None,
+        context: None,
     };
     let mut forward = || probe(attention(q.clone(), k.clone(), v.clone(), spec()));
     let [tq, tk, tv] = [&q, &k, &v].map(leaf);
@@ -95,6 +96,7 @@ fn mlp(bench: &Bench<'_>, ttt: bool) -> Result<Row, String> {
             chunk: CHUNK,
             clip: None,
             packing: packing.clone(),
+            context: None,
         };
         fast_weight_scan(z, linear(u, project.clone()), down.clone(), spec).output
     };

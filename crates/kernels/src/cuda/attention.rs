@@ -227,14 +227,52 @@ fn parts(at: u64, places: i64) -> [u64; PARTS] {
     std::array::from_fn(|i| at + i as u64 * bytes)
 }
 
-/// Output `[B, N, H, E]` and log-sum-exp, f32: `[B, H, N]`, or `[B, N, H]` where rows are packed. The
-/// backward pass alone reads it.
+/// Queries that stand behind the first key, as if there were one for each key: the first
+/// `query_offset` of them are zeros, whose results are dropped and whose gradients are zero, so that
+/// they give nothing to keys and values. `None` where that would be most of the work, and for the few
+/// queries of a decoding step, each of whose lengths would need a plan of its own.
+fn padded(q: &Tensor<4>, k: &Tensor<4>, spec: &AttentionSpec) -> Option<AttentionSpec> {
+    let (queries, keys) = (q.dims()[1], k.dims()[1]);
+    let fits = spec.query_offset + queries == keys;
+    (fits && queries >= LEAST_QUERIES && keys <= MOST_PADDING * queries).then(|| AttentionSpec {
+        query_offset: 0,
+        ..spec.clone()
+    })
+}
+
+/// Queries that are worth a plan of their own.
+const LEAST_QUERIES: usize = 64;
+
+/// Keys per query up to which zeros stand for the missing queries.
+const MOST_PADDING: usize = 8;
+
+/// x behind `count` tokens of zeros: `[B, N, H, E]`.
+fn behind_zeros(x: &Tensor<4>, count: usize) -> Tensor<4> {
+    let [batch, _, heads, size] = x.dims();
+    let zeros = Tensor::zeros([batch, count, heads, size], (&x.device(), x.dtype()));
+    Tensor::cat(vec![zeros, x.clone()], 1)
+}
+
+/// x without its first `count` tokens: `[B, N, H, E]`.
+fn without(x: Tensor<4>, count: usize) -> Tensor<4> {
+    let [batch, tokens, _, _] = x.dims();
+    x.slice([0..batch, count..tokens])
+}
+
+/// Output `[B, N, H, E]` and log-sum-exp, f32: `[B, H, N]`, or `[B, N, H]` where rows are packed, with
+/// the queries that were filled in. The backward pass alone reads it.
 pub fn forward(
     q: &Tensor<4>,
     k: &Tensor<4>,
     v: &Tensor<4>,
     spec: &AttentionSpec,
 ) -> Option<(Tensor<4>, Tensor<3>)> {
+    let offset = spec.query_offset;
+    if offset > 0 {
+        let spec = padded(q, k, spec)?;
+        let (output, sums) = forward(&behind_zeros(q, offset), k, v, &spec)?;
+        return Some((without(output, offset), sums));
+    }
     let (q, k, v) = bf16(q, k, v)?;
     let e = Extents::dense(&q, &k);
     let call = Call::new(&e, spec, &q, false)?;
@@ -263,6 +301,13 @@ pub fn backward(
     dy: &Tensor<4>,
     spec: &AttentionSpec,
 ) -> Option<[Tensor<4>; 3]> {
+    let offset = spec.query_offset;
+    if offset > 0 {
+        let spec = padded(q, k, spec)?;
+        let [q, output, dy] = [q, output, dy].map(|x| behind_zeros(x, offset));
+        let [dq, dk, dv] = backward([&q, k, v], &output, log_sum_exp, &dy, &spec)?;
+        return Some([without(dq, offset), dk, dv]);
+    }
     let (q, k, v) = bf16(q, k, v)?;
     let e = Extents::dense(&q, &k);
     let call = Call::new(&e, spec, &q, true)?;

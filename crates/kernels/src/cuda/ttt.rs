@@ -6,6 +6,8 @@
 //! rounded to bf16, as V and Z were; the state that sums them is not. The backward pass peels the very
 //! same terms off again, so it meets the weights of the forward pass up to f32 rounding.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Tensor};
 
 use super::gemm::Matrix;
@@ -209,9 +211,56 @@ impl Pass<'_> {
     }
 }
 
-/// z `[B, N, F]`, v `[B, N, D]`, w0 `[D, F]`.
-pub fn forward(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>, shape: &Shape) -> Option<Forward> {
+/// aᵀ b of the tokens `range` of row `row`, f32: a `[B, N, D]`, b `[B, N, F]` bf16 → `[D, F]`.
+pub fn outer(a: &Tensor<3>, b: &Tensor<3>, row: usize, range: Range<usize>) -> Option<Tensor<2>> {
+    let (length, d, f) = (a.dims()[1], a.dims()[2], b.dims()[2]);
+    let (a, b) = (Buffer::of(a)?, Buffer::of(b)?);
+    if a.dtype() != DType::BF16 || b.dtype() != DType::BF16 || range.is_empty() {
+        return None;
+    }
+    let sum = a.empty([d, f], DType::F32);
+    on_stream(&[&a, &b], &[&sum], |cx, from, to| {
+        let tokens = |at: u64, width: usize| {
+            let first = (row * length + range.start) * width * 2;
+            Matrix::new(at + first as u64, range.len(), width, DType::BF16)
+        };
+        let sum = Matrix::new(to[0], d, f, DType::F32);
+        cx.gemm(tokens(from[0], d).t(), tokens(from[1], f), sum, 1.0, 0.0)
+    });
+    Some(sum.tensor())
+}
+
+/// Which of the addresses from `at` on is each row's.
+fn addresses(list: &[Option<Buffer>], from: &[u64], at: &mut usize) -> Vec<Option<u64>> {
+    let mut next = || {
+        *at += 1;
+        from[*at - 1]
+    };
+    list.iter()
+        .map(|row| row.as_ref().map(|_| next()))
+        .collect()
+}
+
+/// The buffers of f32 matrices that not every row has; `None` if one is none of ours.
+fn matrices(of_rows: &[Option<Tensor<2>>]) -> Option<Vec<Option<Buffer>>> {
+    let one = |matrix: &Tensor<2>| Buffer::of(matrix).filter(|b| b.dtype() == DType::F32);
+    let row = |matrix: &Option<Tensor<2>>| match matrix {
+        None => Some(None),
+        Some(matrix) => one(matrix).map(Some),
+    };
+    of_rows.iter().map(row).collect()
+}
+
+/// z `[B, N, F]`, v `[B, N, D]`, w0 `[D, F]`; for each row the state that it begins with, f32.
+pub fn forward(
+    z: &Tensor<3>,
+    v: &Tensor<3>,
+    w0: &Tensor<2>,
+    arriving: &[Option<Tensor<2>>],
+    shape: &Shape,
+) -> Option<Forward> {
     let i = inputs(z, v, w0)?;
+    let arriving = matrices(arriving)?;
     let s = &i.sizes;
     let most = s.most(shape.pieces);
     let rows = shape.pieces.len();
@@ -227,8 +276,11 @@ pub fn forward(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>, shape: &Shape) -> O
     let norm = i.z.empty([1], DType::F32);
     let mut writes = vec![&output, &slab, &squares, &partial, &norm];
     writes.extend(&states);
-    on_stream(&[&i.z, &i.v, &i.w0], &writes, |cx, from, to| {
+    let mut reads = vec![&i.z, &i.v, &i.w0];
+    reads.extend(arriving.iter().flatten());
+    on_stream(&reads, &writes, |cx, from, to| {
         let (output, slab, squares, partial) = (to[0], to[1], to[2], to[3]);
+        let arriving = addresses(&arriving, from, &mut 3);
         let pass = Pass {
             s,
             z: from[0],
@@ -241,6 +293,9 @@ pub fn forward(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>, shape: &Shape) -> O
         let mut next = squares + 4;
         for (row, pieces) in shape.pieces.iter().enumerate() {
             let state = to[5 + row];
+            if let Some(source) = arriving[row] {
+                cx.copy(state, source, 4 * s.elements())?;
+            }
             for group in groups(pieces, most) {
                 pass.forward(cx, row, &group, (slab, state), true)?;
                 let z = s.rows(pass.z, row, &group, s.f);
@@ -270,16 +325,27 @@ pub fn forward(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>, shape: &Shape) -> O
     })
 }
 
+/// What a backward pass has of other ranks, f32 where a row has any.
+#[derive(Clone, Copy, Debug)]
+pub struct Carried<'a> {
+    /// The state that a row began with, where the document it belongs to is not the row's last.
+    pub first: &'a [Option<Tensor<2>>],
+    /// Σ dOᵀZ of what reads the row's last document on the ranks behind.
+    pub behind: &'a [Option<Tensor<2>>],
+}
+
 /// Gradients of z, v (bf16) and w0 (f32), given that of the output. `last` is used up.
 pub fn backward(
     z: &Tensor<3>,
     v: &Tensor<3>,
     w0: &Tensor<2>,
     last: &mut [Option<Tensor<2>>],
+    carried: Carried,
     dy: &Tensor<3>,
     shape: &Shape,
 ) -> Option<(Tensor<3>, Tensor<3>, Tensor<2>)> {
     let i = inputs(z, v, w0)?;
+    let (first, behind) = (matrices(carried.first)?, matrices(carried.behind)?);
     let dy = Buffer::of(dy).filter(|b| b.dtype() == DType::BF16)?;
     let s = &i.sizes;
     let most = s.most(shape.pieces);
@@ -293,9 +359,10 @@ pub fn backward(
         .iter_mut()
         .map(|kept| kept.take().and_then(|t| Buffer::of(&t)))
         .collect();
-    let was_kept: Vec<bool> = kept.iter().map(Option::is_some).collect();
+    // Three lists of matrices follow, each without its gaps.
+    let lists = [&kept, &first, &behind];
     let mut reads = vec![&i.z, &i.v, &i.w0, &dy];
-    reads.extend(kept.iter().flatten());
+    reads.extend(lists.iter().flat_map(|list| list.iter().flatten()));
     let writes = [&dz, &dv, &dw0, &later, &state, &weights, &sums];
     on_stream(&reads, &writes, |cx, from, to| {
         let dy = from[3];
@@ -310,19 +377,25 @@ pub fn backward(
             lr: shape.lr as f32,
         };
         cx.zero(dw0, 4 * s.elements())?;
-        let mut kept = from[4..].iter();
+        let mut at = 4;
+        let [kept, first, behind] = lists.map(|list| addresses(list, from, &mut at));
         for (row, pieces) in shape.pieces.iter().enumerate() {
-            let mut has_state = was_kept[row];
-            if has_state {
-                let source = *kept.next().ok_or("a kept state without an address")?;
+            let mut has_state = kept[row].is_some();
+            if let Some(source) = kept[row] {
                 cx.copy(state, source, 4 * s.elements())?;
             }
-            let mut has_later = false;
+            let mut has_later = behind[row].is_some();
+            if let Some(source) = behind[row] {
+                cx.copy(later, source, 4 * s.elements())?;
+            }
             let all = groups(pieces, most);
             for (at, group) in all.iter().enumerate().rev() {
                 if group.ends_document() && !has_state {
                     // An earlier document of the row: its state was not kept, so sum it again.
                     let start = group.last().document_start;
+                    if let (true, Some(source)) = (group.last().carried, first[row]) {
+                        cx.copy(state, source, 4 * s.elements())?;
+                    }
                     let of_document = |g: &&Group| g.last().range.end > start;
                     for earlier in all[..=at].iter().filter(of_document) {
                         pass.forward(cx, row, earlier, (weights, state), false)?;

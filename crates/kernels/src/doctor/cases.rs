@@ -1,10 +1,13 @@
 //! The operations with sizes that no tile divides.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::compare::{Comparison, Op};
+use super::mirror::Mirror;
+use crate::context::{Context, ContextSettings, StateExchange};
 use crate::dtype::cast;
 use crate::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
 use crate::ops::flat::Part;
@@ -138,6 +141,7 @@ pub fn all() -> Vec<Op> {
                     chunk,
                     clip: None,
                     packing: packing.clone(),
+                    context: None,
                 };
                 // As in training: W0 in f32.
                 let w0 = cast(x[2].clone(), DType::F32).reshape([40, 48]);
@@ -152,6 +156,7 @@ pub fn all() -> Vec<Op> {
             ));
         }
     }
+    all.extend([16, 2].map(shared_scan_case));
     let whole = |rows, length| Some(Packing::whole_rows(rows, length));
     all.extend(super::halves::all());
     all.push(attention_case(
@@ -185,7 +190,64 @@ pub fn all() -> Vec<Op> {
         Some(30),
         Some(packed(2, 131)),
     ));
+    // Keys before the first query, as ranks that share rows fetch them.
+    all.push(attention_behind(
+        "causal",
+        130,
+        [2, 330, 4, 2, 64],
+        None,
+        whole(2, 330),
+    ));
+    all.push(attention_behind(
+        "window 48",
+        47,
+        [2, 247, 4, 4, 64],
+        Some(48),
+        whole(2, 247),
+    ));
+    all.push(attention_behind(
+        "documents, window 30",
+        29,
+        [2, 160, 2, 2, 128],
+        Some(30),
+        Some(packed(2, 160)),
+    ));
     all
+}
+
+/// A rank in the middle of three: in its first row a document ends that an earlier rank began, and one
+/// begins that a later rank ends; its second row is one document; none of its third crosses an edge.
+fn shared_scan_case(chunk: usize) -> Op {
+    let starts = vec![vec![0, 60, 100, 200], vec![0], vec![0, 80, 160]];
+    let whole = Packing::new(240, starts).unwrap_or_else(|_| Packing::whole_rows(3, 240));
+    let packing = whole.part(80..160);
+    let settings = ContextSettings {
+        states: StateExchange::AllGather,
+        ..ContextSettings::default()
+    };
+    let run = move |x: &[Tensor<1>]| {
+        let z: Tensor<3> = x[0].clone().reshape([3, 80, 48]);
+        let v: Tensor<3> = x[1].clone().reshape([3, 80, 40]);
+        let spec = ScanSpec {
+            lr: 0.3,
+            chunk,
+            clip: None,
+            packing: packing.clone(),
+            context: Some(Context::new(
+                Arc::new(Mirror { rank: 1, size: 3 }),
+                settings,
+            )),
+        };
+        let w0 = cast(x[2].clone(), DType::F32).reshape([40, 48]);
+        flat(fast_weight_scan(z, v, w0, spec).output)
+    };
+    let inputs = [(3 * 80 * 48, 1.0), (3 * 80 * 40, 0.1), (40 * 48, 0.3)];
+    op(
+        &format!("TTT scan of a part of rows, chunk {chunk}"),
+        &inputs,
+        CHAIN,
+        run,
+    )
 }
 
 fn rope_case(batch: usize, tokens: usize, heads: usize, size: usize) -> Op {
@@ -210,27 +272,44 @@ pub(super) fn angles(x: &Tensor<1>, tokens: usize, size: usize) -> (Tensor<2>, T
 
 fn attention_case(
     name: &str,
+    sizes: [usize; 5],
+    window: Option<usize>,
+    packing: Option<Packing>,
+) -> Op {
+    attention_behind(name, 0, sizes, window, packing)
+}
+
+/// The first `offset` of the tokens are keys only.
+fn attention_behind(
+    name: &str,
+    offset: usize,
     [batch, tokens, heads, groups, size]: [usize; 5],
     window: Option<usize>,
     packing: Option<Packing>,
 ) -> Op {
-    let name = format!("attention {name}, {batch}×{tokens}, heads {heads}/{groups}×{size}");
+    let place = match offset {
+        0 => String::new(),
+        _ => format!(" behind {offset}"),
+    };
+    let name = format!("attention {name}, {batch}×{tokens}{place}, heads {heads}/{groups}×{size}");
+    let queries = tokens - offset;
     let (q, kv) = (
-        batch * tokens * heads * size,
+        batch * queries * heads * size,
         batch * tokens * groups * size,
     );
     op(&name, &[(q, 1.0), (kv, 1.0), (kv, 1.0)], CHAIN, move |x| {
         let spec = AttentionSpec {
             window,
             scale: (size as f64).powf(-0.5),
-            query_offset: 0,
+            query_offset: offset,
             packing: packing.clone(),
+            context: None,
         };
-        let shaped = |i: usize, h: usize| x[i].clone().reshape([batch, tokens, h, size]);
+        let shaped = |i: usize, n: usize, h: usize| x[i].clone().reshape([batch, n, h, size]);
         flat(attention(
-            shaped(0, heads),
-            shaped(1, groups),
-            shaped(2, groups),
+            shaped(0, queries, heads),
+            shaped(1, tokens, groups),
+            shaped(2, tokens, groups),
             spec,
         ))
     })

@@ -141,6 +141,7 @@ impl Half {
             scale: (size as f64).powf(-0.5),
             query_offset: 0,
             packing: self.packing.clone(),
+            context: None,
         };
         let weights = AttentionWeights {
             norm: &norm,

@@ -53,6 +53,7 @@ fn spec(window: Option<usize>, query_offset: usize, packing: Option<Packing>) ->
         scale: 0.7,
         query_offset,
         packing,
+        context: None,
     }
 }
 

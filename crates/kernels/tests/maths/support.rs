@@ -110,6 +110,7 @@ pub fn spec(packing: Packing, chunk: usize, lr: f64) -> ScanSpec {
         chunk,
         clip: None,
         packing,
+        context: None,
     }
 }
 

@@ -1,11 +1,16 @@
 //! Causal attention: full or sliding window, grouped key-value heads, packed documents.
 
 mod reference;
+pub(crate) mod shared;
 
 use burn::tensor::Tensor;
 
+use crate::context::Context;
 use crate::function::{Forward, Function, Value, apply};
 use crate::packing::Packing;
+use shared::SharedAttention;
+
+pub use shared::heads_divide;
 
 /// What a query may see.
 #[derive(Clone, Debug)]
@@ -19,6 +24,9 @@ pub struct AttentionSpec {
     /// A query sees keys of its own document only. Positions are those of the keys; `None`: each
     /// row is one document.
     pub packing: Option<Packing>,
+    /// The ranks that have the other parts of the rows, if `packing` is a part. Keys are then those of
+    /// this rank's own tokens.
+    pub context: Option<Context>,
 }
 
 /// Softmax attention: q `[B, N, H, E]`; k, v `[B, S, G, E]` → `[B, N, H, E]`.
@@ -28,7 +36,8 @@ pub struct AttentionSpec {
 /// softmax are taken in f32. Memory is linear in N: scores live for one tile of queries at a time.
 ///
 /// # Panics
-/// If H is not a multiple of G, or the queries reach past the keys.
+/// If H is not a multiple of G, the queries reach past the keys, or rows are a part and there is no
+/// context.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: AttentionSpec) -> Tensor<4> {
     let ([_, queries, heads, _], [_, keys, groups, _]) = (q.dims(), k.dims());
     assert_eq!(heads % groups, 0, "query heads in whole groups");
@@ -37,16 +46,29 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: AttentionSpec) 
         "{queries} queries from position {} do not fit {keys} keys",
         spec.query_offset
     );
-    apply(Attention { spec }, [q.into(), k.into(), v.into()]).tensor()
+    let inputs = [q.into(), k.into(), v.into()];
+    let part = |p: &Packing| p.length() < p.whole().length();
+    if !spec.packing.as_ref().is_some_and(part) {
+        return apply(Attention { spec }, inputs).tensor();
+    }
+    assert_eq!(
+        (spec.query_offset, queries),
+        (0, keys),
+        "this rank's own keys"
+    );
+    match SharedAttention::new(&spec) {
+        Some(shared) => apply(shared, inputs).tensor(),
+        None => panic!("queries in a part of rows see nothing of the other parts"),
+    }
 }
 
 #[derive(Debug)]
-struct Attention {
+pub(crate) struct Attention {
     spec: AttentionSpec,
 }
 
 /// q, k, v, the output, and the log-sum-exp of each query's scores `[B, H, N]`.
-type Saved = (Tensor<4>, Tensor<4>, Tensor<4>, Tensor<4>, Tensor<3>);
+pub(crate) type Saved = (Tensor<4>, Tensor<4>, Tensor<4>, Tensor<4>, Tensor<3>);
 
 impl Function<3> for Attention {
     type Saved = Saved;

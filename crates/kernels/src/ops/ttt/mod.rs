@@ -6,6 +6,7 @@
 //! The state `S = Σ V_jᵀ Z_j` is kept in f32 and the weight is rounded once per chunk; the
 //! backward pass peels the same sums off again, so that two D×F buffers serve any number of chunks.
 
+mod carry;
 mod conv;
 pub mod oracle;
 mod scan;

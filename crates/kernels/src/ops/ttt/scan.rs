@@ -1,7 +1,11 @@
 //! The running-state scan and its reversible backward (docs/in-place-ttt.md, section 5).
 
+use std::ops::Range;
+
 use burn::tensor::Tensor;
 
+use super::carry::{Carry, From};
+use crate::context::{Context, Fault};
 use crate::dtype::{cast, widen};
 use crate::function::{Forward, Function, Value, apply_with_extra};
 use crate::packing::{Packing, Piece, Write};
@@ -18,6 +22,8 @@ pub struct ScanSpec {
     pub clip: Option<f64>,
     /// The documents of the rows.
     pub packing: Packing,
+    /// The ranks that have the other parts of the rows, if `packing` is a part.
+    pub context: Option<Context>,
 }
 
 /// What a scan returns.
@@ -25,7 +31,8 @@ pub struct ScanSpec {
 pub struct Scan {
     /// `[B, N, D]`
     pub output: Tensor<3>,
-    /// Largest ‖S‖_F at the end of a document, over all rows; 0 if no state was read: `[1]`.
+    /// Largest ‖S‖_F at the end of a document, over all rows; 0 if no state was read: `[1]`. Of rows in
+    /// parts, the documents that end on this rank.
     pub state_norm: Tensor<1>,
 }
 
@@ -45,6 +52,10 @@ pub fn fast_weight_scan(z: Tensor<3>, v: Tensor<3>, w0: Tensor<2>, spec: ScanSpe
         (spec.packing.rows().len(), spec.packing.length()),
         (rows, length),
         "a packing of other rows"
+    );
+    assert!(
+        spec.context.is_some() || spec.packing.length() == spec.packing.whole().length(),
+        "a part of rows learns nothing of the other parts"
     );
     let (output, mut extra) =
         apply_with_extra(FastWeightScan { spec }, [z.into(), v.into(), w0.into()]);
@@ -88,7 +99,7 @@ fn effective_weight(w0: &Tensor<2>, state: Option<&Tensor<2>>, lr: f64) -> Tenso
 }
 
 /// Rows `piece` of row `b`: `[B, N, X]` → `[T, X]`.
-fn take(x: &Tensor<3>, b: usize, range: std::ops::Range<usize>) -> Tensor<2> {
+fn take(x: &Tensor<3>, b: usize, range: Range<usize>) -> Tensor<2> {
     x.clone().slice([b..b + 1, range]).squeeze_dim(0)
 }
 
@@ -104,6 +115,8 @@ struct Saved {
     w0: Tensor<2>,
     /// The state at the end of each row, if its last document had one.
     last: Vec<Option<Tensor<2>>>,
+    /// The state that each row began with, where the document it belongs to is not the last.
+    first: Vec<Option<Tensor<2>>>,
 }
 
 impl FastWeightScan {
@@ -111,11 +124,70 @@ impl FastWeightScan {
         self.spec.packing.pieces(row, self.spec.chunk)
     }
 
-    #[cfg(feature = "cuda")]
     fn all_pieces(&self) -> Vec<Vec<Piece>> {
         let rows = self.spec.packing.rows().len();
         (0..rows).map(|row| self.pieces(row)).collect()
     }
+
+    /// The state that each row begins with: `[D, F]` f32, `None` where no document comes from the ranks
+    /// before.
+    fn arriving(&self, z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>) -> Vec<Option<Tensor<2>>> {
+        let Some(context) = &self.spec.context else {
+            return vec![None; z.dims()[0]];
+        };
+        // What the document that is open at the end has written here.
+        let written = |row: usize| {
+            let pieces = self.pieces(row);
+            let begin = pieces.last().map_or(0, |piece| piece.document_start);
+            let Some(clip) = self.spec.clip else {
+                return outer(v, z, row, begin..z.dims()[1]);
+            };
+            let open = pieces.iter().filter(|piece| piece.range.start >= begin);
+            let each = open.map(|piece| {
+                let (v, z) = (
+                    take(v, row, piece.range.clone()),
+                    take(z, row, piece.range.clone()),
+                );
+                outer_update(v, z, Some(clip))
+            });
+            each.reduce(|a, b| a + b).expect("a document has pieces")
+        };
+        Carry::new(context, &self.spec.packing, From::Before, w0).exchange(written)
+    }
+
+    /// Σ dOᵀZ of what reads a row's fast weights on the ranks behind: `[D, F]` f32, `None` where no
+    /// document goes on there.
+    fn returning(&self, z: &Tensor<3>, dy: &Tensor<3>, w0: &Tensor<2>) -> Vec<Option<Tensor<2>>> {
+        let Some(context) = &self.spec.context else {
+            return vec![None; z.dims()[0]];
+        };
+        // Of the document that was open at the beginning: all of its pieces read what arrived.
+        let read = |row: usize| {
+            let pieces = self.pieces(row);
+            let carried = pieces.iter().take_while(|piece| piece.carried);
+            let end = carried.last().map_or(0, |piece| piece.range.end);
+            outer(dy, z, row, 0..end)
+        };
+        Carry::new(context, &self.spec.packing, From::Behind, w0).exchange(read)
+    }
+
+    /// What of `arriving` the backward pass has to know: it peels the state of a row's last document,
+    /// and sums up that of an earlier one again.
+    fn kept(&self, arriving: Vec<Option<Tensor<2>>>) -> Vec<Option<Tensor<2>>> {
+        let rows = arriving.into_iter().enumerate();
+        let ends = |row| self.pieces(row).last().is_some_and(|piece| !piece.carried);
+        rows.map(|(row, state)| state.filter(|_| ends(row)))
+            .collect()
+    }
+}
+
+/// aᵀ b of the tokens `range` of row `row`, f32: `[B, N, D]`, `[B, N, F]` → `[D, F]`.
+fn outer(a: &Tensor<3>, b: &Tensor<3>, row: usize, range: Range<usize>) -> Tensor<2> {
+    #[cfg(feature = "cuda")]
+    if let Some(sum) = crate::cuda::ttt::outer(a, b, row, range.clone()) {
+        return sum;
+    }
+    outer_update(take(a, row, range.clone()), take(b, row, range), None)
 }
 
 impl Function<3> for FastWeightScan {
@@ -124,14 +196,15 @@ impl Function<3> for FastWeightScan {
     fn forward(&self, [z, v, w0]: [Value; 3]) -> Forward<Saved> {
         let (z, v, w0) = (z.tensor::<3>(), v.tensor::<3>(), w0.tensor::<2>());
         let spec = &self.spec;
+        let arriving = self.arriving(&z, &v, &w0);
+        let all_pieces = self.all_pieces();
         #[cfg(feature = "cuda")]
         if spec.clip.is_none() {
-            let pieces = self.all_pieces();
             let shape = crate::cuda::ttt::Shape {
-                pieces: &pieces,
+                pieces: &all_pieces,
                 lr: spec.lr,
             };
-            if let Some(done) = crate::cuda::ttt::forward(&z, &v, &w0, &shape) {
+            if let Some(done) = crate::cuda::ttt::forward(&z, &v, &w0, &arriving, &shape) {
                 return Forward {
                     output: done.output.into(),
                     extra: vec![done.norm.into()],
@@ -140,6 +213,7 @@ impl Function<3> for FastWeightScan {
                         v,
                         w0,
                         last: done.last,
+                        first: self.kept(arriving),
                     },
                 };
             }
@@ -150,10 +224,11 @@ impl Function<3> for FastWeightScan {
             [1],
             (&z.device(), crate::dtype::wide(z.dtype())),
         )];
-        for row in 0..z.dims()[0] {
-            let mut state: Option<Tensor<2>> = None;
+        for (row, pieces) in all_pieces.into_iter().enumerate() {
+            let mut state = arriving[row].clone();
             let mut row_output = vec![];
-            for piece in self.pieces(row) {
+            let reads_at_end = pieces.last().is_some_and(|piece| piece.reads);
+            for piece in pieces {
                 let tz = take(&z, row, piece.range.clone());
                 let read = state.as_ref().filter(|_| piece.reads);
                 row_output.push(apply_state(tz.clone(), &w0, read, spec.lr));
@@ -168,26 +243,39 @@ impl Function<3> for FastWeightScan {
                     };
                 }
             }
-            let reads_at_end = self.pieces(row).last().is_some_and(|piece| piece.reads);
             last.push(state.filter(|_| reads_at_end));
             outputs.push(Tensor::cat(row_output, 0).unsqueeze::<3>());
         }
         Forward {
             output: Tensor::cat(outputs, 0).into(),
             extra: vec![Tensor::cat(norms, 0).max().into()],
-            saved: Saved { z, v, w0, last },
+            saved: Saved {
+                z,
+                v,
+                w0,
+                last,
+                first: self.kept(arriving),
+            },
         }
     }
 
     /// Walking back over the chunks of a document, with W the weight a chunk read and G the sum of
     /// dOᵀZ over the later chunks: dZ = dO W + η V G, dV = η Z Gᵀ, and S −= VᵀZ before a chunk
-    /// that was added is differentiated.
+    /// that was added is differentiated. G begins with what returns from the ranks behind; dW0 is dOᵀZ of
+    /// this rank's tokens alone, since theirs have been counted there.
     fn backward(self, saved: Saved, grad: Value, _: [bool; 3]) -> [Option<Value>; 3] {
-        let Saved { z, v, w0, last } = saved;
+        let Saved {
+            z,
+            v,
+            w0,
+            last,
+            first,
+        } = saved;
         #[cfg(feature = "cuda")]
         let mut last = last;
         let dy = grad.tensor::<3>();
         let (lr, dtype) = (self.spec.lr, z.dtype());
+        let returning = self.returning(&z, &dy, &w0);
         #[cfg(feature = "cuda")]
         {
             let pieces = self.all_pieces();
@@ -195,14 +283,18 @@ impl Function<3> for FastWeightScan {
                 pieces: &pieces,
                 lr,
             };
-            let done = crate::cuda::ttt::backward(&z, &v, &w0, &mut last, &dy, &shape);
+            let carried = crate::cuda::ttt::Carried {
+                first: &first,
+                behind: &returning,
+            };
+            let done = crate::cuda::ttt::backward(&z, &v, &w0, &mut last, carried, &dy, &shape);
             if let Some((dz, dv, dw0)) = done {
                 return [Some(dz.into()), Some(dv.into()), Some(dw0.into())];
             }
         }
         let (mut dzs, mut dvs) = (vec![], vec![]);
         for (row, mut state) in last.into_iter().enumerate() {
-            let mut later: Option<Tensor<2>> = None; // G
+            let mut later = returning[row].clone(); // G
             let (mut row_dz, mut row_dv) = (vec![], vec![]);
             for piece in self.pieces(row).into_iter().rev() {
                 let tz = take(&z, row, piece.range.clone());
@@ -215,8 +307,12 @@ impl Function<3> for FastWeightScan {
                 if piece.reads && state.is_none() {
                     // An earlier document of the row: its state was not kept, so sum it again.
                     let written = piece.document_start..piece.range.start;
-                    let (v, z) = (take(&v, row, written.clone()), take(&z, row, written));
-                    state = Some(outer_update(v, z, None));
+                    let arrived = first[row].clone().filter(|_| piece.carried);
+                    state = match (arrived, written.is_empty()) {
+                        (arrived, true) => arrived,
+                        (None, false) => Some(outer(&v, &z, row, written)),
+                        (Some(sum), false) => Some(sum + outer(&v, &z, row, written)),
+                    };
                 }
                 let read = state.as_ref().filter(|_| piece.reads);
                 let weight = cast(effective_weight(&w0, read, lr), dtype);
@@ -252,7 +348,12 @@ impl Function<3> for FastWeightScan {
             let [rows, tokens, width] = t.dims();
             t.reshape([rows * tokens, width])
         };
-        let dw0 = cast(outer_update(flat(dy), flat(z), None), w0.dtype());
+        let mut dw0 = cast(outer_update(flat(dy), flat(z), None), w0.dtype());
+        if let Some(context) = &self.spec.context
+            && context.planted(Fault::SuffixInWeightGradient)
+        {
+            dw0 = returning.into_iter().flatten().fold(dw0, |a, b| a + b);
+        }
         [
             Some(Tensor::cat(dzs, 0).into()),
             Some(Tensor::cat(dvs, 0).into()),

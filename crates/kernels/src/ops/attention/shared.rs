@@ -1,0 +1,223 @@
+//! Attention over rows that ranks share.
+//!
+//! Either the keys travel: a rank fetches those that its queries see from the ranks before it, and the
+//! gradients of these go back there. With a window that is a strip of window − 1 tokens, whatever the
+//! length of a row, and only the first queries look at it: they are done apart, with the few keys that
+//! they see, and everything else is the attention of this rank's own tokens. Or the heads travel: each
+//! rank gets some heads of all tokens.
+//!
+//! P: ranks. N: tokens of this rank's part. S: tokens of the whole row, or those that are fetched.
+
+mod heads;
+mod keys;
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+
+use super::{Attention, AttentionSpec, Saved};
+use crate::context::{AttentionExchange, Context, Fault};
+use crate::dtype::{cast, widen};
+use crate::function::{Forward, Function, Value};
+use crate::packing::Packing;
+
+pub use heads::heads_divide;
+pub use keys::{EdgeGradients, KeyForm, along};
+
+/// [`super::attention`] on one of several ranks.
+#[derive(Debug)]
+pub struct SharedAttention {
+    spec: AttentionSpec,
+    context: Context,
+    /// This rank's part of the rows.
+    packing: Packing,
+}
+
+/// What is kept for the backward pass.
+#[derive(Clone, Debug)]
+pub enum Shared {
+    /// Of the first queries, which saw other ranks' keys, and of all with this rank's own keys; `None`
+    /// where there are none of the one or of the other.
+    Keys(Box<[Option<Saved>; 2]>),
+    /// Of this rank's share of the heads.
+    Heads(Saved),
+}
+
+impl Function<3> for SharedAttention {
+    type Saved = Shared;
+
+    fn forward(&self, [q, k, v]: [Value; 3]) -> Forward<Shared> {
+        let (q, k, v) = (q.tensor::<4>(), k.tensor::<4>(), v.tensor::<4>());
+        let (output, saved) = match self.heads_travel(k.dims()[2]) {
+            true => {
+                let (output, saved) = run(&self.over_heads(), self.to_heads([q, k, v]));
+                let [output] = self.to_tokens([output]);
+                (output, Shared::Heads(saved))
+            }
+            false => {
+                let kv = |range: Range<usize>| [&k, &v].map(|x| along(x, range.clone()));
+                let first = self.first(&KeyForm::of(&k), |range| along(&q, range), kv);
+                self.with_own(first, [q, k, v])
+            }
+        };
+        Forward {
+            output: output.into(),
+            extra: vec![],
+            saved,
+        }
+    }
+
+    fn backward(self, saved: Shared, dy: Value, _: [bool; 3]) -> [Option<Value>; 3] {
+        let dy = dy.tensor::<4>();
+        let all = match saved {
+            Shared::Heads(saved) => {
+                let [dy] = self.to_heads([dy]);
+                self.to_tokens(gradients(self.over_heads(), saved, dy))
+            }
+            Shared::Keys(saved) => {
+                let [first, own] = *saved;
+                let k = first.as_ref().or(own.as_ref()).map(|saved| &saved.1);
+                let form = KeyForm::of(k.expect("one of the two has been done"));
+                let of_edge = self.first_backward(&form, first, |first| along(&dy, 0..first));
+                self.with_own_backward(of_edge, own, dy)
+            }
+        };
+        all.map(|g| Some(g.into()))
+    }
+}
+
+fn run(inner: &Attention, inputs: [Tensor<4>; 3]) -> (Tensor<4>, Saved) {
+    let done = inner.forward(inputs.map(Value::from));
+    (done.output.tensor(), done.saved)
+}
+
+fn gradients(inner: Attention, saved: Saved, dy: Tensor<4>) -> [Tensor<4>; 3] {
+    let gradients = inner.backward(saved, dy.into(), [true; 3]);
+    gradients.map(|g| g.expect("attention gives all of them").tensor())
+}
+
+impl SharedAttention {
+    /// The attention of `spec`, whose packing is this rank's part of the rows of its context.
+    pub fn new(spec: &AttentionSpec) -> Option<Self> {
+        Some(Self {
+            context: spec.context.clone()?,
+            packing: spec.packing.clone()?,
+            spec: spec.clone(),
+        })
+    }
+
+    /// Whether the values of this rank's tokens are those of attention among themselves but for the
+    /// first, which [`SharedAttention::first`] gives.
+    pub fn is_own_but_for_the_first(&self, groups: usize) -> bool {
+        !self.heads_travel(groups) && self.first_queries() < self.packing.length()
+    }
+
+    fn heads_travel(&self, groups: usize) -> bool {
+        let ranks = self.context.size();
+        let divide = heads_divide(groups, ranks);
+        match (self.spec.window, self.context.settings.attention) {
+            (Some(_), _) | (None, AttentionExchange::Keys) => false,
+            (None, AttentionExchange::Auto) => divide,
+            (None, AttentionExchange::Heads) => {
+                assert!(divide, "{groups} key-value heads among {ranks} ranks");
+                true
+            }
+        }
+    }
+
+    /// The values of all queries, given those of the first.
+    fn with_own(
+        &self,
+        first: Option<(Tensor<4>, Saved)>,
+        inputs: [Tensor<4>; 3],
+    ) -> (Tensor<4>, Shared) {
+        let keys = |first, own| Shared::Keys(Box::new([first, own]));
+        match first {
+            Some((output, saved)) if self.first_queries() == self.packing.length() => {
+                (output, keys(Some(saved), None))
+            }
+            Some((output, of_first)) => {
+                let (own, saved) = run(&self.over_own(), inputs);
+                (replaced(own, output), keys(Some(of_first), Some(saved)))
+            }
+            None => {
+                let (own, saved) = run(&self.over_own(), inputs);
+                (own, keys(None, Some(saved)))
+            }
+        }
+    }
+
+    /// dq, dk and dv of this rank's tokens, given what the edges give.
+    fn with_own_backward(
+        &self,
+        EdgeGradients { first, last }: EdgeGradients,
+        own: Option<Saved>,
+        dy: Tensor<4>,
+    ) -> [Tensor<4>; 3] {
+        let [dq, mut dk, mut dv] = match (first, own) {
+            (Some(all), None) => all,
+            (None, own) => gradients(self.over_own(), own.expect("all queries"), dy),
+            (Some([first_dq, first_dk, first_dv]), Some(own)) => {
+                // Without a gradient the first queries give none to q, k and v.
+                let rest = replaced(dy, first_dq.zeros_like());
+                let [dq, dk, dv] = gradients(self.over_own(), own, rest);
+                let (dk, dv) = (added(dk, 0, first_dk), added(dv, 0, first_dv));
+                [replaced(dq, first_dq), dk, dv]
+            }
+        };
+        for [k, v] in last {
+            let at = dk.dims()[1] - k.dims()[1];
+            (dk, dv) = (added(dk, at, k), added(dv, at, v));
+        }
+        [dq, dk, dv]
+    }
+
+    /// Attention over all tokens, with a share of the heads.
+    fn over_heads(&self) -> Attention {
+        self.over(0, 0..self.packing.whole().length())
+    }
+
+    /// Attention of the first `queries` of this rank, with the keys before them.
+    fn over_keys(&self, queries: usize) -> Attention {
+        let begin = self.packing.positions().start;
+        let reach = self.reach(self.context.rank());
+        self.over(reach, begin - reach..begin + queries)
+    }
+
+    /// Attention of this rank's tokens among themselves.
+    fn over_own(&self) -> Attention {
+        self.over(0, self.packing.positions())
+    }
+
+    fn over(&self, query_offset: usize, keys: Range<usize>) -> Attention {
+        let packing = match self.context.planted(Fault::KeysWithoutDocuments) {
+            true => Packing::whole_rows(self.packing.rows().len(), keys.len()),
+            false => self.packing.part(keys),
+        };
+        Attention {
+            spec: AttentionSpec {
+                query_offset,
+                packing: Some(packing),
+                context: None,
+                ..self.spec.clone()
+            },
+        }
+    }
+}
+
+/// x with `part` added from token `at` on, summed wide and rounded once.
+fn added(x: Tensor<4>, at: usize, part: Tensor<4>) -> Tensor<4> {
+    let (rows, dtype) = (x.dims()[0], x.dtype());
+    let range = at..at + part.dims()[1];
+    let sum = cast(widen(along(&x, range.clone())) + widen(part), dtype);
+    x.slice_assign([0..rows, range], sum)
+}
+
+/// x with its first tokens replaced.
+fn replaced(x: Tensor<4>, first: Tensor<4>) -> Tensor<4> {
+    let [rows, count, _, _] = first.dims();
+    x.slice_assign([0..rows, 0..count], first)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,170 @@
+//! Attention on ranks that share rows against attention over whole rows, in f64; and with mistakes that
+//! must show.
+
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device, Tensor};
+use ttt_parallel::threads::on_threads;
+
+use crate::context::{AttentionExchange, Context, ContextSettings, Fault};
+use crate::ops::attention::{AttentionSpec, attention};
+use crate::ops::seed::backward_from;
+use crate::packing::Packing;
+use crate::testing::{normal, relative_error_of, values};
+
+const HEADS: usize = 8;
+const SIZE: usize = 3;
+
+#[derive(Clone, Debug)]
+struct Case {
+    packing: Packing,
+    groups: usize,
+    window: Option<usize>,
+    attention: AttentionExchange,
+    fault: Option<Fault>,
+}
+
+/// Output, dq, dk, dv of the tokens `here`, token by token within rows.
+fn run(case: &Case, packing: Packing, context: Option<Context>) -> [Vec<f64>; 4] {
+    let (rows, here) = (packing.rows().len(), packing.positions());
+    let whole = case.packing.length();
+    let cut = |heads: usize, seed: u64| -> Tensor<4> {
+        let all = normal(
+            [rows, whole, heads, SIZE],
+            1.0,
+            seed,
+            &Device::flex(),
+            DType::F64,
+        );
+        all.slice([0..rows, here.clone()])
+    };
+    let leaf = |t: Tensor<4>| t.autodiff().require_grad();
+    let (q, k, v) = (
+        leaf(cut(HEADS, 1)),
+        leaf(cut(case.groups, 2)),
+        leaf(cut(case.groups, 3)),
+    );
+    let spec = AttentionSpec {
+        window: case.window,
+        scale: 0.7,
+        query_offset: 0,
+        packing: Some(packing),
+        context: context.clone(),
+    };
+    let output = attention(q.clone(), k.clone(), v.clone(), spec);
+    let y = values(&output);
+    let gradients = backward_from(output, cut(HEADS, 4));
+    if let Some(context) = context {
+        context.check().expect("all ranks are there");
+    }
+    let gradient = |t: &Tensor<4>| values(&t.grad(&gradients).expect("a gradient"));
+    [y, gradient(&q), gradient(&k), gradient(&v)]
+}
+
+/// The largest error of output and gradients on `ranks` ranks.
+fn worst_error(case: &Case, ranks: usize) -> f64 {
+    let part = case.packing.length() / ranks;
+    let of_ranks = on_threads(ranks, |rank| {
+        let settings = ContextSettings {
+            attention: case.attention,
+            ..ContextSettings::default()
+        };
+        let context = Context::new(Arc::new(rank), settings).with_fault(case.fault);
+        let begin = context.rank() * part;
+        run(case, case.packing.part(begin..begin + part), Some(context))
+    });
+    let expected = run(case, case.packing.clone(), None);
+    let mut worst = 0f64;
+    for (i, expected) in expected.iter().enumerate() {
+        let rows = case.packing.rows().len();
+        let size = expected.len() / rows / ranks;
+        let together = (0..rows).flat_map(|row| {
+            of_ranks
+                .iter()
+                .flat_map(move |o| &o[i][row * size..][..size])
+        });
+        let together: Vec<f64> = together.copied().collect();
+        worst = worst.max(relative_error_of(&together, expected));
+    }
+    worst
+}
+
+/// 48 tokens: whole, and documents that begin inside ranks and at their edges.
+fn layouts() -> [Packing; 2] {
+    let starts = vec![vec![0, 3, 42], vec![0, 24, 29, 31]];
+    [
+        Packing::whole_rows(2, 48),
+        Packing::new(48, starts).expect("ascending"),
+    ]
+}
+
+fn case(packing: Packing, groups: usize, window: Option<usize>) -> Case {
+    Case {
+        packing,
+        groups,
+        window,
+        attention: AttentionExchange::Auto,
+        fault: None,
+    }
+}
+
+/// Windows of one token, inside a part, as long as one, over several, and beyond the row.
+#[test]
+fn windows_reach_over_the_edges_of_ranks() {
+    for packing in layouts() {
+        for ranks in [2, 4, 8] {
+            for window in [1, 2, 5, 7, 13, 20, 47, 60] {
+                let case = case(packing.clone(), 2, Some(window));
+                let error = worst_error(&case, ranks);
+                assert!(error < 1e-13, "{ranks} ranks: {case:?}: {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn full_attention_equals_that_of_the_row_whatever_travels() {
+    for packing in layouts() {
+        for (ranks, groups) in [(2, 2), (2, 8), (4, 4), (8, 8), (4, 2), (8, 1)] {
+            for attention in [
+                AttentionExchange::Auto,
+                AttentionExchange::Keys,
+                AttentionExchange::Heads,
+            ] {
+                if attention == AttentionExchange::Heads && groups % ranks != 0 {
+                    continue;
+                }
+                let case = Case {
+                    attention,
+                    ..case(packing.clone(), groups, None)
+                };
+                let error = worst_error(&case, ranks);
+                assert!(error < 1e-13, "{ranks} ranks: {case:?}: {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_planted_fault_is_seen() {
+    let [_, documents] = layouts();
+    for fault in [Fault::KeyGradientDropped, Fault::KeysWithoutDocuments] {
+        for window in [Some(7), Some(20), None] {
+            let case = Case {
+                attention: AttentionExchange::Keys,
+                fault: Some(fault),
+                ..case(documents.clone(), 2, window)
+            };
+            let error = worst_error(&case, 4);
+            assert!(error > 0.05, "{case:?}: only {error:e}");
+        }
+    }
+}
+
+/// Without the other ranks a part of a row is refused: its queries would not see across the edge.
+#[test]
+#[should_panic(expected = "see nothing of the other parts")]
+fn a_part_alone_is_refused() {
+    let case = case(Packing::whole_rows(1, 8), 2, None);
+    run(&case, case.packing.part(4..8), None);
+}
