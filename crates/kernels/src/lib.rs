@@ -22,6 +22,7 @@ pub mod doctor;
 pub mod dtype;
 pub mod function;
 pub mod fused;
+pub mod libraries;
 pub mod memory;
 pub mod ops;
 pub mod packing;

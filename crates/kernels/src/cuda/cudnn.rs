@@ -14,6 +14,7 @@ pub use sys::cudnnPointwiseMode_t as Mode;
 pub use sys::cudnnReduceTensorOp_t as Reduce;
 
 use super::profile;
+use crate::libraries;
 use crate::work::Work;
 
 type Raw = sys::cudnnBackendDescriptor_t;
@@ -66,7 +67,8 @@ impl Library {
     pub fn open() -> Result<Self, String> {
         // SAFETY: only asks whether the library can be opened.
         if !unsafe { sys::is_culib_present() } {
-            return Err("libcudnn was not found: install cuDNN 9.10 or newer, or the wheel nvidia-cudnn-cu13, and put its folder on LD_LIBRARY_PATH".into());
+            let (package, wheel) = ("cudnn9-cuda-13", "nvidia-cudnn-cu13");
+            return Err(libraries::missing("libcudnn", package, wheel));
         }
         // SAFETY: no arguments.
         let version = unsafe { sys::cudnnGetVersion() };

@@ -14,6 +14,7 @@ use cudarc::driver::sys::{CUevent_flags, CUstream};
 
 use super::stream::{Buffer, Context};
 use super::{profile, scratch};
+use crate::libraries;
 use crate::work::Work;
 
 /// cuBLAS's advice for Hopper.
@@ -218,7 +219,8 @@ impl Gemms {
         }
         // SAFETY: only asks whether the library can be opened.
         if !unsafe { sys::is_culib_present() } {
-            return Err("libcublasLt was not found: install CUDA's cuBLAS or the wheel nvidia-cublas and put its folder on LD_LIBRARY_PATH".into());
+            let (package, wheel) = ("libcublas-13-0", "nvidia-cublas");
+            return Err(libraries::missing("libcublasLt", package, wheel));
         }
         let handle = lt::create_handle().map_err(failed("create"))?;
         let workspace = scratch::allocate(WORKSPACE, "cuBLASLt")?; // kept for good
