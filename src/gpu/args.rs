@@ -49,6 +49,9 @@ pub struct BenchArgs {
     /// Recompute activations in the backward pass.
     #[arg(long)]
     pub recompute: bool,
+    /// The same bits in every run, as train.deterministic = true.
+    #[arg(long)]
+    pub deterministic: bool,
     /// Where it runs; the CPU is for trying the program, with `--preset tiny`.
     #[arg(long, value_enum, default_value = "cuda")]
     pub device: DeviceArg,

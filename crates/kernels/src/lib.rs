@@ -18,6 +18,7 @@ pub mod bench;
 pub mod clock;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod deterministic;
 pub mod doctor;
 pub mod dtype;
 pub mod function;

@@ -12,8 +12,8 @@ use anyhow::bail;
 use burn::tensor::Device;
 use serde_json::{Value, json};
 use ttt_kernels::bench::{self, Row};
-use ttt_kernels::memory;
 use ttt_kernels::work::Work;
+use ttt_kernels::{deterministic, memory};
 use ttt_train::config::DeviceKind;
 use ttt_train::device;
 
@@ -23,6 +23,7 @@ use run::{Run, gib, join, round};
 pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let kind = DeviceKind::from(args.device);
     let device = device::open(kind)?;
+    deterministic::set(args.deterministic);
     if args.profile {
         let run = Run {
             preset: args.preset.unwrap_or(Preset::M500),
@@ -196,6 +197,7 @@ fn guarded(run: &Run, mode: Mode, device: &Device) -> Value {
         // Whoever else uses the GPU is part of the driver's figure.
         "driver_mem_gib": driver.map(gib),
         "pools_mem_gib": pools.map(gib),
+        "deterministic": deterministic::is_on(),
         "ttt_version": env!("CARGO_PKG_VERSION"),
         "wall_s": round(begun.elapsed().as_secs_f64(), 1),
     });

@@ -135,6 +135,7 @@ pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
     let more = json!({
         "loss_first": round(losses[0], 4),
         "loss_last": round(losses[losses.len() - 1], 4),
+        "loss_hash": hash(&losses),
         "ms_slowest": round(slowest, 3),
         "init_s": round(init_s, 2),
         "first_step_s": round(first_step_s, 2),
@@ -142,6 +143,16 @@ pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
     });
     join(&mut line, more);
     Ok(line)
+}
+
+/// Sixteen digits that two runs have in common only if all their losses are the same to the last bit.
+fn hash(losses: &[f64]) -> String {
+    // FNV-1a.
+    let bytes = losses.iter().flat_map(|loss| loss.to_bits().to_le_bytes());
+    let hash = bytes.fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("{hash:016x}")
 }
 
 /// The loss begins near ln V and falls, or what was timed was not training.
@@ -163,6 +174,14 @@ fn check(losses: &[f64], vocab: usize) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_bit_changes_the_hash() {
+        let losses = [1.5, 2.5];
+        assert_eq!(hash(&losses), hash(&[1.5, 2.5]));
+        assert_ne!(hash(&losses), hash(&[1.5, 2.5f64.next_up()]));
+        assert_ne!(hash(&losses), hash(&[2.5, 1.5]));
+    }
 
     #[test]
     fn a_course_that_is_no_training_is_told() {

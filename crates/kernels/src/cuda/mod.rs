@@ -7,6 +7,7 @@
 
 pub mod adamw;
 pub mod attention;
+mod attention_dq;
 mod attention_graph;
 pub mod compile;
 pub mod conv;

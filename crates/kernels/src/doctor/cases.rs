@@ -149,40 +149,32 @@ pub fn all() -> Vec<Op> {
             ));
         }
     }
-    let whole = |rows, length| Some(Packing::whole_rows(rows, length));
     all.extend(super::halves::all());
-    all.push(attention_case(
-        "causal",
-        [2, 200, 4, 2, 64],
-        None,
-        whole(2, 200),
-    ));
-    all.push(attention_case("causal", [1, 256, 2, 2, 128], None, None));
-    all.push(attention_case(
-        "window 48",
-        [2, 200, 4, 4, 64],
-        Some(48),
-        whole(2, 200),
-    ));
-    all.push(attention_case(
-        "window 100, groups",
-        [1, 333, 4, 1, 128],
-        Some(100),
-        None,
-    ));
-    all.push(attention_case(
-        "documents",
-        [2, 200, 4, 2, 64],
-        None,
-        Some(packed(2, 200)),
-    ));
-    all.push(attention_case(
-        "documents, window 30",
-        [2, 131, 2, 2, 128],
-        Some(30),
-        Some(packed(2, 131)),
-    ));
+    all.extend(attentions());
     all
+}
+
+/// Attention with every kind of mask.
+pub fn attentions() -> Vec<Op> {
+    let whole = |rows, length| Some(Packing::whole_rows(rows, length));
+    vec![
+        attention_case("causal", [2, 200, 4, 2, 64], None, whole(2, 200)),
+        attention_case("causal", [1, 256, 2, 2, 128], None, None),
+        attention_case("window 48", [2, 200, 4, 4, 64], Some(48), whole(2, 200)),
+        attention_case("window 100, groups", [1, 333, 4, 1, 128], Some(100), None),
+        attention_case("documents", [2, 200, 4, 2, 64], None, Some(packed(2, 200))),
+        attention_case(
+            "documents, window 30",
+            [2, 131, 2, 2, 128],
+            Some(30),
+            Some(packed(2, 131)),
+        ),
+    ]
+}
+
+/// Attention over more tokens than a GPU takes at once.
+pub fn long_attention() -> Op {
+    attention_case("causal", [1, 2048, 8, 4, 64], None, None)
 }
 
 fn rope_case(batch: usize, tokens: usize, heads: usize, size: usize) -> Op {

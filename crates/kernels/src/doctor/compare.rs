@@ -82,8 +82,8 @@ fn results(
     all
 }
 
-/// The operation in bf16 on `device` against f32 on the CPU, from the same inputs.
-pub fn compare(op: &Op, device: &Device) -> Vec<Comparison> {
+/// The operation's inputs, in bf16 on the host, and the gradient of its output.
+fn inputs(op: &Op) -> (Vec<TensorData>, TensorData) {
     let host = Device::flex();
     let draw = |(i, &(count, scale)): (usize, &(usize, f64))| {
         normal([count], scale, 1000 + i as u64, &host, DType::BF16).to_data()
@@ -95,16 +95,54 @@ pub fn compare(op: &Op, device: &Device) -> Vec<Comparison> {
         .collect();
     let length = (op.run)(&plain).dims()[0];
     let dy = normal([length], 1.0, 77, &host, DType::BF16).to_data();
-    let ours = results(op, &data, &dy, device, DType::BF16);
-    let reference = results(op, &data, &dy, &host, DType::F32);
-    let label = |i: usize| match i {
+    (data, dy)
+}
+
+/// What [`results`] are called.
+fn label(op: &Op, i: usize) -> String {
+    match i {
         0 => op.name.clone(),
         i => format!("{}, gradient {i}", op.name),
-    };
+    }
+}
+
+/// The operation several times over on `device`: every result must have the bits of the first time.
+pub fn repeated(op: &Op, device: &Device, times: usize) -> Vec<Comparison> {
+    let (data, dy) = inputs(op);
+    let run = || results(op, &data, &dy, device, DType::BF16);
+    let first = run();
+    let mut errors = vec![0f64; first.len()];
+    for _ in 1..times {
+        for (error, (a, b)) in errors.iter_mut().zip(run().iter().zip(&first)) {
+            let now = match a.len() == b.len() && !a.is_empty() {
+                true => relative_error_of(a, b),
+                false => f64::INFINITY,
+            };
+            if !error.is_nan() && (now.is_nan() || now > *error) {
+                *error = now;
+            }
+        }
+    }
+    let named = errors.into_iter().enumerate();
+    named
+        .map(|(i, error)| Comparison {
+            name: format!("{}, {times} times", label(op, i)),
+            error,
+            bound: 0.0,
+        })
+        .collect()
+}
+
+/// The operation in bf16 on `device` against f32 on the CPU, from the same inputs.
+pub fn compare(op: &Op, device: &Device) -> Vec<Comparison> {
+    let host = Device::flex();
+    let (data, dy) = inputs(op);
+    let ours = results(op, &data, &dy, device, DType::BF16);
+    let reference = results(op, &data, &dy, &host, DType::F32);
     let pairs = ours.iter().zip(&reference).enumerate();
     pairs
         .map(|(i, (a, b))| Comparison {
-            name: label(i),
+            name: label(op, i),
             error: match a.len() == b.len() {
                 true => relative_error_of(a, b),
                 false => f64::INFINITY,
@@ -112,4 +150,37 @@ pub fn compare(op: &Op, device: &Device) -> Vec<Comparison> {
             bound: op.bound,
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// Doubles its input, and adds `drift` more at each call.
+    fn drifting(drift: f64) -> Op {
+        let calls = Cell::new(0.0);
+        Op {
+            name: "x".into(),
+            inputs: vec![(16, 1.0)],
+            bound: 1e-2,
+            run: Box::new(move |x| {
+                calls.set(calls.get() + drift);
+                x[0].clone() * (2.0 + calls.get())
+            }),
+        }
+    }
+
+    #[test]
+    fn a_result_that_changes_from_run_to_run_is_told() {
+        let device = Device::flex();
+        let passed = |op: &Op| -> Vec<bool> {
+            let found = repeated(op, &device, 3);
+            found.iter().map(Comparison::passed).collect()
+        };
+        assert_eq!(passed(&drifting(0.0)), [true, true]);
+        assert_eq!(passed(&drifting(0.5)), [false, false]);
+        assert_eq!(passed(&drifting(f64::NAN)), [false, false]);
+    }
 }
