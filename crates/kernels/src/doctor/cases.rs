@@ -2,9 +2,10 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use super::compare::{Comparison, Op};
+use super::compare::{Comparison, Op, rate_of};
 use crate::dtype::cast;
 use crate::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
+use crate::profile::record;
 use crate::testing::{normal, relative_error, values};
 use crate::ttt::{ScanSpec, chunk_conv, fast_weight_scan};
 use crate::{
@@ -280,7 +281,12 @@ pub fn optimizer(device: &Device) -> Vec<Comparison> {
             name: format!("{name}: bf16 copy"),
             error: if copy { 0.0 } else { f64::INFINITY },
             bound: 0.0,
+            rate: None,
         });
+        let rate = match record(device, || run(device, poisoned)) {
+            Some(Ok((_, timed))) => rate_of(&timed),
+            _ => None,
+        };
         for (part, (a, b)) in ["weights", "mean", "square", "Σ g²"]
             .iter()
             .zip(ours.iter().zip(&reference))
@@ -290,6 +296,7 @@ pub fn optimizer(device: &Device) -> Vec<Comparison> {
                 error: relative_error(a, b),
                 // A few f32 roundings; a sum of 10⁵ terms in another order.
                 bound: 1e-5,
+                rate,
             });
         }
     }

@@ -5,7 +5,7 @@ mod compare;
 mod halves;
 mod system;
 
-pub use compare::{Comparison, Op, compare, repeated};
+pub use compare::{Comparison, Op, Rate, compare, repeated};
 pub use system::{Finding, bandwidth, system};
 
 use burn::tensor::Device;
