@@ -1,8 +1,10 @@
 //! `ttt bench`: what the PyTorch baseline measures, under the same names.
 
+mod agree;
 mod prefill;
 mod profile;
 mod run;
+mod soak;
 mod training;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,14 +26,21 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let kind = DeviceKind::from(args.device);
     let device = device::open(kind)?;
     deterministic::set(args.deterministic);
+    // One model in place of a table; `length` if none is asked for.
+    let one = |length| Run {
+        preset: args.preset.unwrap_or(Preset::M500),
+        seq: args.seq.first().map_or(length, |&n| n as usize),
+        ttt: args.ttt != Some(TttArg::Off),
+        ..defaults(args)
+    };
     if args.profile {
-        let run = Run {
-            preset: args.preset.unwrap_or(Preset::M500),
-            seq: args.seq.first().map_or(32_768, |&n| n as usize),
-            ttt: args.ttt != Some(TttArg::Off),
-            ..defaults(args)
-        };
-        return profile::profile(&run, &device);
+        return profile::profile(&one(32_768), &device);
+    }
+    if let Some(steps) = args.soak {
+        return soak::soak(&one(4096), steps, &device);
+    }
+    if let Some(steps) = args.agree {
+        return agree::agree(&one(4096), steps, &device);
     }
     let fine = match (args.mode, args.preset) {
         (Mode::Micro, _) => micro(args, &device),

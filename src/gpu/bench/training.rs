@@ -10,7 +10,7 @@ use ttt_kernels::clock::{Clock, median};
 use ttt_kernels::memory;
 use ttt_model::Unit;
 use ttt_parallel::Mesh;
-use ttt_train::config::Config;
+use ttt_train::config::{Config, DeviceKind};
 use ttt_train::device;
 use ttt_train::init::initial_values_of;
 use ttt_train::optimizer::{Updater, scalar};
@@ -23,6 +23,8 @@ use crate::gpu::args::Mode;
 /// A new model with its optimizer.
 pub struct Trainer {
     pub config: Config,
+    /// The learning rate of every step.
+    pub lr: f64,
     mesh: Mesh,
     model: Model,
     updater: Updater,
@@ -31,7 +33,15 @@ pub struct Trainer {
 
 impl Trainer {
     pub fn new(run: &Run, seed: u64, device: &Device) -> anyhow::Result<Self> {
-        let config = run.config()?;
+        Self::with_config(run.config()?, run.device, seed, device)
+    }
+
+    pub fn with_config(
+        config: Config,
+        kind: DeviceKind,
+        seed: u64,
+        device: &Device,
+    ) -> anyhow::Result<Self> {
         let mesh = Mesh::single();
         let units = Unit::all(&config.model).into_iter().map(|unit| {
             let specs = unit.params(&config.model);
@@ -45,7 +55,7 @@ impl Trainer {
         let model = Model {
             config: config.model.clone(),
             units: units.collect::<Result<_, _>>()?,
-            compute: device::compute_dtype(run.device, None),
+            compute: device::compute_dtype(kind, None),
             device: device.clone(),
             rope: RopeCache::default(),
         };
@@ -53,6 +63,7 @@ impl Trainer {
         let updater = Updater::new(&config.optimizer, on_bad, None, model.compute, 0.0, device);
         Ok(Self {
             config,
+            lr: 3e-4,
             mesh,
             model,
             updater,
@@ -70,15 +81,15 @@ impl Trainer {
         let one = scalar(1.0, &self.model.device);
         let units = &mut self.model.units;
         self.updater
-            .update(units, one, 3e-4, self.steps_done, &self.mesh)?;
+            .update(units, one, self.lr, self.steps_done, &self.mesh)?;
         self.steps_done += 1;
         Ok(pass.loss)
     }
 }
 
 /// Rows of random tokens.
-pub fn random_rows(run: &Run, vocab: usize) -> Vec<Row> {
-    let mut state = 1u64;
+pub fn random_rows(run: &Run, vocab: usize, seed: u64) -> Vec<Row> {
+    let mut state = seed;
     let mut draw = || {
         state = state
             .wrapping_mul(6_364_136_223_846_793_005)
@@ -102,7 +113,7 @@ pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
     let begun = Instant::now();
     let mut trainer = Trainer::new(run, 1, device)?;
     let vocab = trainer.config.model.vocab_size;
-    let micro = MicroBatch::new(&random_rows(run, vocab), device)?;
+    let micro = MicroBatch::new(&random_rows(run, vocab, 1), device)?;
     device.sync().context("the device failed")?;
     let init_s = begun.elapsed().as_secs_f64();
 
