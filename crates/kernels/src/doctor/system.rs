@@ -22,6 +22,12 @@ pub fn system() -> Vec<Finding> {
         let version = version();
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
         let answer = match &version {
+            None if name == OPTIONAL => {
+                format!(
+                    "only several GPUs need it: {}",
+                    missing(name, package, wheel)
+                )
+            }
             None => missing(name, package, wheel),
             Some(version) => {
                 let file = loaded_from(name, &maps).map(|file| file.display().to_string());
@@ -31,12 +37,15 @@ pub fn system() -> Vec<Finding> {
         all.push(Finding {
             what: name.into(),
             answer,
-            // One GPU needs no NCCL.
-            fine: version.is_some() || name == "libnccl",
+            fine: version.is_some() || name == OPTIONAL,
         });
     }
     all
 }
+
+/// One GPU needs none.
+#[cfg(feature = "cuda")]
+const OPTIONAL: &str = "libnccl";
 
 /// Name, NVIDIA's system package and wheel, and what tells its version if it can be opened.
 #[cfg(feature = "cuda")]
@@ -68,7 +77,7 @@ const LIBRARIES: [Library; 4] = [
         }
         Some(format!("{major}.{minor}"))
     }),
-    ("libnccl", "libnccl2", "nvidia-nccl-cu13", || {
+    (OPTIONAL, "libnccl2", "nvidia-nccl-cu13", || {
         use cudarc::nccl::sys;
         let mut version = 0;
         // SAFETY: as above; writes an integer.
