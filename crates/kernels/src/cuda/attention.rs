@@ -9,7 +9,8 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use super::attention_dq;
 use super::attention_graph::{Key, backward_plan, forward_plan};
-use super::cudnn::{Graph, Library, Plan};
+use super::cudnn::{Graph, Library};
+use super::cudnn_plan::Plan;
 use super::scratch;
 use super::stream::{Buffer, Context, on_stream};
 use crate::deterministic;

@@ -7,6 +7,7 @@
 use super::attention::Extents;
 use super::attention_graph::Key;
 use super::stream::{Arg, Context};
+use crate::work::Work;
 
 /// Queries of a block, as in `attention_dq.cu`.
 const ROWS: usize = 64;
@@ -60,5 +61,14 @@ pub(super) fn launch(
     ];
     let grid = (e.tokens.div_ceil(ROWS), e.heads, e.batch);
     let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
+    // Three products over the pairs that see each other; in documents there are fewer.
+    let (n, w) = (
+        e.tokens as f64,
+        key.window.map_or(e.tokens as f64, |w| w as f64),
+    );
+    let pairs = (e.batch * e.heads) as f64 * (w * n - w * (w - 1.0) / 2.0);
+    if !key.packed {
+        cx.doing(Work::Flops(6.0 * e.size as f64 * pairs));
+    }
     cx.launch(name, grid, 128, &args)
 }

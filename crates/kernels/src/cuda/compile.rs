@@ -213,6 +213,13 @@ impl Context<'_> {
         self.kernels.loaded().is_ok_and(|loaded| loaded.hopper)
     }
 
+    /// Says what the next launch does, for a profile: by itself that counts the bytes of the tensors
+    /// that a kernel is given.
+    pub fn doing(&mut self, work: Work) -> &mut Self {
+        self.work = Some(work);
+        self
+    }
+
     /// Launches kernel `name` over `grid` blocks of `threads`.
     pub fn launch(
         &mut self,
@@ -264,10 +271,10 @@ impl Context<'_> {
                 Arg::Map(v) => (v as *const [u64; 16]).cast_mut().cast(),
             })
             .collect();
-        let (stream, extents) = (self.stream, &self.extents);
+        let (stream, told, extents) = (self.stream, self.work.take(), &self.extents);
         profile::timed(
             stream,
-            || (name.into(), touched(extents, args)),
+            || (name.into(), told.or_else(|| touched(extents, args))),
             || {
                 // SAFETY: the caller passes the arguments of the kernel's declaration; their memory is
                 // held by the buffers of `on_stream`.
