@@ -15,6 +15,10 @@ use args::{Args, Command, DataCommand};
 
 fn main() -> ExitCode {
     quiet_broken_pipe();
+    if let Err(error) = with_libraries() {
+        eprintln!("error: {error}");
+        return ExitCode::from(2);
+    }
     let args = Args::parse();
     match logging::start().and_then(|()| run(args.command)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -40,6 +44,39 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Data(DataCommand::Tokenizer(args)) => data::tokenizer(&args),
         Command::Data(DataCommand::Inspect(args)) => data::inspect(&args),
     }
+}
+
+/// Starts this program again in its own place if `TTT_CUDA_LIBS` names folders that the loader does not
+/// look into yet: it reads its path when a process starts, and never after.
+fn with_libraries() -> Result<(), String> {
+    use ttt_kernels::libraries::{APPLIED, Environment, FOLDERS, LOADER, cache_folder, find};
+    if !cfg!(feature = "cuda") {
+        return Ok(());
+    }
+    let [folders, applied, loader] = [FOLDERS, APPLIED, LOADER].map(std::env::var_os);
+    let environment = Environment {
+        folders: folders.as_deref(),
+        applied: applied.as_deref(),
+        loader: loader.as_deref(),
+    };
+    let links = cache_folder().map(|folder| folder.join("links"));
+    let Some(path) = find(environment, links.as_deref())? else {
+        return Ok(());
+    };
+    let program = std::env::current_exe().map_err(|error| {
+        format!("{FOLDERS}: cannot start again, where this program lies is unknown: {error}")
+    })?;
+    let mut again = std::process::Command::new(&program);
+    again
+        .args(std::env::args_os().skip(1))
+        .env(LOADER, path)
+        .env(APPLIED, folders.unwrap_or_default());
+    // Returns only if it fails.
+    let error = std::os::unix::process::CommandExt::exec(&mut again);
+    Err(format!(
+        "{FOLDERS}: cannot start {} again: {error}",
+        program.display()
+    ))
 }
 
 /// The error on one line, followed by those of its causes that it does not tell itself.

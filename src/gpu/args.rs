@@ -44,11 +44,23 @@ pub struct BenchArgs {
     pub no_micro: bool,
     /// Where the time of one training step goes, operation by operation [default: that of the 500m
     /// preset at 1 x 32768].
-    #[arg(long, conflicts_with_all = ["suite", "mode"])]
+    #[arg(long, group = "program", conflicts_with_all = ["suite", "mode"])]
     pub profile: bool,
+    /// Train for so many steps and fail if memory grows [default model: 500m at 1 x 4096].
+    #[arg(long, group = "program", value_name = "STEPS", conflicts_with_all = ["suite", "mode"],
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub soak: Option<u64>,
+    /// Train a small model for so many steps with this device's operations, with their reference
+    /// forms, and from a second seed; fail if the forms change more than the seed does.
+    #[arg(long, group = "program", value_name = "STEPS", conflicts_with_all = ["suite", "mode", "preset"],
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub agree: Option<u64>,
     /// Recompute activations in the backward pass.
     #[arg(long)]
     pub recompute: bool,
+    /// The same bits in every run, as train.deterministic = true.
+    #[arg(long)]
+    pub deterministic: bool,
     /// Where it runs; the CPU is for trying the program, with `--preset tiny`.
     #[arg(long, value_enum, default_value = "cuda")]
     pub device: DeviceArg,

@@ -19,10 +19,12 @@ pub mod clock;
 pub mod context;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod deterministic;
 pub mod doctor;
 pub mod dtype;
 pub mod function;
 pub mod fused;
+pub mod libraries;
 pub mod memory;
 pub mod ops;
 pub mod packing;

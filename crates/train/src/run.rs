@@ -50,6 +50,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
     let mesh = Mesh::single();
     let device = device::open(config.run.device)?;
     let compute = device::compute_dtype(config.run.device, config.train.compute);
+    ttt_kernels::deterministic::set(config.train.deterministic);
     let run_dir = &config.run.dir;
     std::fs::create_dir_all(run_dir).map_err(TrainError::io("create", run_dir))?;
 

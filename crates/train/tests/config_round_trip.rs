@@ -160,6 +160,7 @@ fn train() -> impl Strategy<Value = TrainConfig> {
                 } else {
                     Precision::Bf16
                 }),
+                deterministic: flags[0] && flags[2],
                 on_bad_gradient: if flags[2] {
                     OnBadGradient::Skip
                 } else {

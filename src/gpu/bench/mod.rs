@@ -1,8 +1,10 @@
 //! `ttt bench`: what the PyTorch baseline measures, under the same names.
 
+mod agree;
 mod prefill;
 mod profile;
 mod run;
+mod soak;
 mod training;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,8 +14,8 @@ use anyhow::bail;
 use burn::tensor::Device;
 use serde_json::{Value, json};
 use ttt_kernels::bench::{self, Row};
-use ttt_kernels::memory;
 use ttt_kernels::work::Work;
+use ttt_kernels::{deterministic, memory};
 use ttt_train::config::DeviceKind;
 use ttt_train::device;
 
@@ -23,14 +25,22 @@ use run::{Run, gib, join, round};
 pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let kind = DeviceKind::from(args.device);
     let device = device::open(kind)?;
+    deterministic::set(args.deterministic);
+    // One model in place of a table; `length` if none is asked for.
+    let one = |length| Run {
+        preset: args.preset.unwrap_or(Preset::M500),
+        seq: args.seq.first().map_or(length, |&n| n as usize),
+        ttt: args.ttt != Some(TttArg::Off),
+        ..defaults(args)
+    };
     if args.profile {
-        let run = Run {
-            preset: args.preset.unwrap_or(Preset::M500),
-            seq: args.seq.first().map_or(32_768, |&n| n as usize),
-            ttt: args.ttt != Some(TttArg::Off),
-            ..defaults(args)
-        };
-        return profile::profile(&run, &device);
+        return profile::profile(&one(32_768), &device);
+    }
+    if let Some(steps) = args.soak {
+        return soak::soak(&one(4096), steps, &device);
+    }
+    if let Some(steps) = args.agree {
+        return agree::agree(&one(4096), steps, &device);
     }
     let fine = match (args.mode, args.preset) {
         (Mode::Micro, _) => micro(args, &device),
@@ -196,6 +206,7 @@ fn guarded(run: &Run, mode: Mode, device: &Device) -> Value {
         // Whoever else uses the GPU is part of the driver's figure.
         "driver_mem_gib": driver.map(gib),
         "pools_mem_gib": pools.map(gib),
+        "deterministic": deterministic::is_on(),
         "ttt_version": env!("CARGO_PKG_VERSION"),
         "wall_s": round(begun.elapsed().as_secs_f64(), 1),
     });

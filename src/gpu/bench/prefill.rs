@@ -82,7 +82,7 @@ pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
     let config = run.config()?;
     let begun = Instant::now();
     let reader = Reader::new(run, config.model.clone(), device);
-    let rows = random_rows(run, config.model.vocab_size);
+    let rows = random_rows(run, config.model.vocab_size, 1);
     let ids: Vec<i32> = rows
         .iter()
         .flat_map(|row| row.input_ids.iter().map(|&id| id as i32))

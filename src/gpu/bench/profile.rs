@@ -17,7 +17,7 @@ use crate::gpu::args::Mode;
 /// Prints the operations of one training step of `run`, the longest first.
 pub fn profile(run: &Run, device: &Device) -> anyhow::Result<()> {
     let mut trainer = Trainer::new(run, 1, device)?;
-    let rows = random_rows(run, trainer.config.model.vocab_size);
+    let rows = random_rows(run, trainer.config.model.vocab_size, 1);
     let micro = MicroBatch::new(&rows, &Mesh::single(), device)?;
     for _ in 0..run.warmup {
         trainer.step(&micro)?;

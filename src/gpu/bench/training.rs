@@ -10,7 +10,7 @@ use ttt_kernels::clock::{Clock, median};
 use ttt_kernels::{ContextSettings, memory};
 use ttt_model::Unit;
 use ttt_parallel::Mesh;
-use ttt_train::config::Config;
+use ttt_train::config::{Config, DeviceKind};
 use ttt_train::device;
 use ttt_train::init::initial_values_of;
 use ttt_train::optimizer::{Updater, scalar};
@@ -23,6 +23,8 @@ use crate::gpu::args::Mode;
 /// A new model with its optimizer.
 pub struct Trainer {
     pub config: Config,
+    /// The learning rate of every step.
+    pub lr: f64,
     mesh: Mesh,
     model: Model,
     updater: Updater,
@@ -31,7 +33,15 @@ pub struct Trainer {
 
 impl Trainer {
     pub fn new(run: &Run, seed: u64, device: &Device) -> anyhow::Result<Self> {
-        let config = run.config()?;
+        Self::with_config(run.config()?, run.device, seed, device)
+    }
+
+    pub fn with_config(
+        config: Config,
+        kind: DeviceKind,
+        seed: u64,
+        device: &Device,
+    ) -> anyhow::Result<Self> {
         let mesh = Mesh::single();
         let units = Unit::all(&config.model).into_iter().map(|unit| {
             let specs = unit.params(&config.model);
@@ -45,7 +55,7 @@ impl Trainer {
         let model = Model {
             config: config.model.clone(),
             units: units.collect::<Result<_, _>>()?,
-            compute: device::compute_dtype(run.device, None),
+            compute: device::compute_dtype(kind, None),
             device: device.clone(),
             rope: RopeCache::default(),
             context: ContextSettings::default(),
@@ -54,6 +64,7 @@ impl Trainer {
         let updater = Updater::new(&config.optimizer, on_bad, None, model.compute, 0.0, device);
         Ok(Self {
             config,
+            lr: 3e-4,
             mesh,
             model,
             updater,
@@ -71,15 +82,15 @@ impl Trainer {
         let one = scalar(1.0, &self.model.device);
         let units = &mut self.model.units;
         self.updater
-            .update(units, one, 3e-4, self.steps_done, &self.mesh)?;
+            .update(units, one, self.lr, self.steps_done, &self.mesh)?;
         self.steps_done += 1;
         Ok(pass.loss)
     }
 }
 
 /// Rows of random tokens.
-pub fn random_rows(run: &Run, vocab: usize) -> Vec<Row> {
-    let mut state = 1u64;
+pub fn random_rows(run: &Run, vocab: usize, seed: u64) -> Vec<Row> {
+    let mut state = seed;
     let mut draw = || {
         state = state
             .wrapping_mul(6_364_136_223_846_793_005)
@@ -103,7 +114,7 @@ pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
     let begun = Instant::now();
     let mut trainer = Trainer::new(run, 1, device)?;
     let vocab = trainer.config.model.vocab_size;
-    let micro = MicroBatch::new(&random_rows(run, vocab), &Mesh::single(), device)?;
+    let micro = MicroBatch::new(&random_rows(run, vocab, 1), &Mesh::single(), device)?;
     device.sync().context("the device failed")?;
     let init_s = begun.elapsed().as_secs_f64();
 
@@ -136,6 +147,7 @@ pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
     let more = json!({
         "loss_first": round(losses[0], 4),
         "loss_last": round(losses[losses.len() - 1], 4),
+        "loss_hash": hash(&losses),
         "ms_slowest": round(slowest, 3),
         "init_s": round(init_s, 2),
         "first_step_s": round(first_step_s, 2),
@@ -143,6 +155,16 @@ pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
     });
     join(&mut line, more);
     Ok(line)
+}
+
+/// Sixteen digits that two runs have in common only if all their losses are the same to the last bit.
+fn hash(losses: &[f64]) -> String {
+    // FNV-1a.
+    let bytes = losses.iter().flat_map(|loss| loss.to_bits().to_le_bytes());
+    let hash = bytes.fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("{hash:016x}")
 }
 
 /// The loss begins near ln V and falls, or what was timed was not training.
@@ -164,6 +186,14 @@ fn check(losses: &[f64], vocab: usize) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_bit_changes_the_hash() {
+        let losses = [1.5, 2.5];
+        assert_eq!(hash(&losses), hash(&[1.5, 2.5]));
+        assert_ne!(hash(&losses), hash(&[1.5, 2.5f64.next_up()]));
+        assert_ne!(hash(&losses), hash(&[2.5, 1.5]));
+    }
 
     #[test]
     fn a_course_that_is_no_training_is_told() {

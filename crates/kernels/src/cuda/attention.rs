@@ -7,10 +7,13 @@ use std::collections::HashMap;
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
+use super::attention_dq;
 use super::attention_graph::{Key, backward_plan, forward_plan};
-use super::cudnn::{Graph, Library, Plan};
+use super::cudnn::{Graph, Library};
+use super::cudnn_plan::Plan;
 use super::scratch;
 use super::stream::{Buffer, Context, on_stream};
+use crate::deterministic;
 use crate::ops::attention::AttentionSpec;
 use crate::packing::Packing;
 
@@ -98,6 +101,7 @@ impl Extents {
 #[derive(Clone, Debug)]
 pub(super) struct Call {
     key: Key,
+    extents: Extents,
     /// Offsets and lengths, to be among what the work on the stream reads.
     pub documents: Option<Buffer>,
 }
@@ -130,7 +134,11 @@ impl Call {
         };
         let window = spec.window.map(|w| w as i64);
         key.window = window.filter(|&w| w < key.queries);
-        Some(Self { key, documents })
+        Some(Self {
+            key,
+            extents: *e,
+            documents,
+        })
     }
 
     /// Extents of the log-sum-exp.
@@ -163,8 +171,25 @@ impl Call {
         mut addresses: Vec<u64>,
         documents: Option<u64>,
     ) -> Result<(), String> {
-        addresses.extend(documents.iter().flat_map(|&at| parts(at, self.key.batch)));
-        cx.attentions.run(self.key, cx.stream, &addresses)
+        let parts = documents.map(|at| parts(at, self.key.batch));
+        addresses.extend(parts.iter().flatten());
+        cx.attentions.run(self.key, cx.stream, &addresses)?;
+        if !self.key.backward || !deterministic::is_on() {
+            return Ok(());
+        }
+        let &[q, k, v, _, lse, dy, dq, _, _, delta, ..] = addresses.as_slice() else {
+            return Err("attention: too few addresses for a backward pass".into());
+        };
+        let inputs = attention_dq::Inputs {
+            q,
+            k,
+            v,
+            dy,
+            lse,
+            delta,
+            documents: parts.map(|parts| (parts[3], self.key.batch)),
+        };
+        attention_dq::launch(cx, dq, &inputs, &self.extents, &self.key)
     }
 }
 

@@ -4,7 +4,8 @@
 //! They are built as its own frontend builds them. Shapes in a graph are `[B, H, N, E]` with the
 //! strides of our `[B, N, H, E]`; B counts documents where rows are packed.
 
-use super::cudnn::{DataType, Extents, Graph, Mode, Node, Plan, Reduce};
+use super::cudnn::{DataType, Extents, Graph, Mode, Node, Reduce};
+use super::cudnn_plan::Plan;
 use crate::work::Work;
 
 const F32: DataType = DataType::CUDNN_DATA_FLOAT;

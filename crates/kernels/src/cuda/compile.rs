@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::PathBuf;
 
 use cudarc::driver::{result as driver, sys};
 use cudarc::nvrtc::{result as nvrtc, sys as nvrtc_sys};
 
 use super::profile;
 use super::stream::{Arg, Context};
+use crate::libraries::{self, cache_folder};
 use crate::work::Work;
 
 /// All sources, one program.
@@ -23,6 +23,7 @@ pub const SOURCE: &str = concat!(
     include_str!("source/scan.cu"),
     include_str!("source/loss.cu"),
     include_str!("source/embedding.cu"),
+    include_str!("source/attention_dq.cu"),
     include_str!("source/optimizer.cu"),
 );
 
@@ -87,18 +88,6 @@ fn load() -> Result<Loaded, String> {
     })
 }
 
-/// Where compiled kernels are kept: `TTT_CACHE_DIR`, else the user's cache folder.
-fn cache_folder() -> Option<PathBuf> {
-    let set = |name| {
-        std::env::var_os(name)
-            .filter(|v| !v.is_empty())
-            .map(PathBuf::from)
-    };
-    set("TTT_CACHE_DIR")
-        .or_else(|| set("XDG_CACHE_HOME").map(|p| p.join("ttt")))
-        .or_else(|| set("HOME").map(|p| p.join(".cache/ttt")))
-}
-
 /// `source` compiled for `architecture`, from the cache if it is there.
 ///
 /// # Errors
@@ -139,7 +128,8 @@ fn keep(path: &std::path::Path, image: &[u8]) -> std::io::Result<()> {
 pub fn compile(source: &str, architecture: &str) -> Result<Vec<u8>, String> {
     // SAFETY: only asks whether the library can be opened.
     if !unsafe { nvrtc_sys::is_culib_present() } {
-        return Err("libnvrtc was not found: install CUDA's NVRTC or the wheel nvidia-cuda-nvrtc and put its folder on LD_LIBRARY_PATH".into());
+        let (package, wheel) = ("cuda-nvrtc-13-0", "nvidia-cuda-nvrtc");
+        return Err(libraries::missing("libnvrtc", package, wheel));
     }
     let code = CString::new(source).map_err(|e| e.to_string())?;
     let program = nvrtc::create_program(&code, Some(c"ttt.cu")).map_err(|e| format!("{e:?}"))?;
@@ -223,6 +213,13 @@ impl Context<'_> {
         self.kernels.loaded().is_ok_and(|loaded| loaded.hopper)
     }
 
+    /// Says what the next launch does, for a profile: by itself that counts the bytes of the tensors
+    /// that a kernel is given.
+    pub fn doing(&mut self, work: Work) -> &mut Self {
+        self.work = Some(work);
+        self
+    }
+
     /// Launches kernel `name` over `grid` blocks of `threads`.
     pub fn launch(
         &mut self,
@@ -274,10 +271,10 @@ impl Context<'_> {
                 Arg::Map(v) => (v as *const [u64; 16]).cast_mut().cast(),
             })
             .collect();
-        let (stream, extents) = (self.stream, &self.extents);
+        let (stream, told, extents) = (self.stream, self.work.take(), &self.extents);
         profile::timed(
             stream,
-            || (name.into(), touched(extents, args)),
+            || (name.into(), told.or_else(|| touched(extents, args))),
             || {
                 // SAFETY: the caller passes the arguments of the kernel's declaration; their memory is
                 // held by the buffers of `on_stream`.

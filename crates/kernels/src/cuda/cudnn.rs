@@ -2,10 +2,7 @@
 //!
 //! Descriptors live as long as the plan that uses them, and plans are kept for good.
 
-use std::ffi::c_void;
-
 use cudarc::cudnn::{result as cudnn, sys};
-use cudarc::driver::sys::CUstream;
 use sys::cudnnBackendAttributeName_t as Attribute;
 use sys::cudnnBackendAttributeType_t as Kind;
 use sys::cudnnBackendDescriptorType_t as Type;
@@ -13,16 +10,16 @@ pub use sys::cudnnDataType_t as DataType;
 pub use sys::cudnnPointwiseMode_t as Mode;
 pub use sys::cudnnReduceTensorOp_t as Reduce;
 
-use super::profile;
-use crate::work::Work;
+use super::cudnn_plan::Plan;
+use crate::libraries;
 
-type Raw = sys::cudnnBackendDescriptor_t;
+pub(super) type Raw = sys::cudnnBackendDescriptor_t;
 
-fn check(status: sys::cudnnStatus_t, what: &str) -> Result<(), String> {
+pub(super) fn check(status: sys::cudnnStatus_t, what: &str) -> Result<(), String> {
     status.result().map_err(|e| format!("cuDNN {what}: {e:?}"))
 }
 
-fn create(kind: Type) -> Result<Raw, String> {
+pub(super) fn create(kind: Type) -> Result<Raw, String> {
     let mut raw: Raw = std::ptr::null_mut();
     // SAFETY: writes one pointer.
     let status = unsafe { sys::cudnnBackendCreateDescriptor(kind, &mut raw) };
@@ -30,14 +27,14 @@ fn create(kind: Type) -> Result<Raw, String> {
     Ok(raw)
 }
 
-fn set<T>(raw: Raw, name: Attribute, kind: Kind, values: &[T]) -> Result<(), String> {
+pub(super) fn set<T>(raw: Raw, name: Attribute, kind: Kind, values: &[T]) -> Result<(), String> {
     let (count, from) = (values.len() as i64, values.as_ptr().cast());
     // SAFETY: `kind` says what `values` holds; cuDNN copies them.
     let status = unsafe { sys::cudnnBackendSetAttribute(raw, name, kind, count, from) };
     check(status, &format!("{name:?}"))
 }
 
-fn finalize(raw: Raw, what: &str) -> Result<(), String> {
+pub(super) fn finalize(raw: Raw, what: &str) -> Result<(), String> {
     // SAFETY: `raw` is a live descriptor.
     check(unsafe { sys::cudnnBackendFinalize(raw) }, what)
 }
@@ -45,7 +42,7 @@ fn finalize(raw: Raw, what: &str) -> Result<(), String> {
 /// A tensor of a graph.
 #[derive(Clone, Copy, Debug)]
 pub struct Node {
-    id: i64,
+    pub(super) id: i64,
     raw: Raw,
     /// Extents.
     pub dims: [i64; 4],
@@ -55,7 +52,7 @@ pub struct Node {
 
 /// The handle of the device thread; its stream is set before each use.
 pub struct Library {
-    handle: sys::cudnnHandle_t,
+    pub(super) handle: sys::cudnnHandle_t,
 }
 
 impl Library {
@@ -66,7 +63,8 @@ impl Library {
     pub fn open() -> Result<Self, String> {
         // SAFETY: only asks whether the library can be opened.
         if !unsafe { sys::is_culib_present() } {
-            return Err("libcudnn was not found: install cuDNN 9.10 or newer, or the wheel nvidia-cudnn-cu13, and put its folder on LD_LIBRARY_PATH".into());
+            let (package, wheel) = ("cudnn9-cuda-13", "nvidia-cudnn-cu13");
+            return Err(libraries::missing("libcudnn", package, wheel));
         }
         // SAFETY: no arguments.
         let version = unsafe { sys::cudnnGetVersion() };
@@ -441,108 +439,5 @@ impl<'a> Graph<'a> {
             }
         }
         Err(last)
-    }
-}
-
-/// Something that can run.
-pub struct Plan {
-    raw: Raw,
-    bound: Vec<i64>,
-    scalars: Vec<(i64, Box<f32>)>,
-    /// Bytes of scratch memory that a run needs.
-    pub workspace: usize,
-    /// What a profile calls it.
-    name: String,
-    work: Option<Work>,
-}
-
-impl Plan {
-    fn new(raw: Raw, bound: &[Node], scalars: Vec<(i64, Box<f32>)>) -> Result<Self, String> {
-        let (mut bytes, mut count) = (0i64, 0);
-        // SAFETY: writes one i64.
-        let status = unsafe {
-            sys::cudnnBackendGetAttribute(
-                raw,
-                Attribute::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE,
-                Kind::CUDNN_TYPE_INT64,
-                1,
-                &mut count,
-                (&raw mut bytes).cast(),
-            )
-        };
-        check(status, "workspace")?;
-        Ok(Self {
-            raw,
-            bound: bound.iter().map(|node| node.id).collect(),
-            scalars,
-            workspace: bytes.max(0) as usize,
-            name: "cuDNN".into(),
-            work: None,
-        })
-    }
-
-    /// The same plan under a name, with what it does, for a profile.
-    pub fn named(self, name: String, work: Option<Work>) -> Self {
-        Self { name, work, ..self }
-    }
-
-    /// Issues the plan on `stream` with the bound tensors at `addresses`.
-    pub fn run(
-        &self,
-        library: &Library,
-        stream: CUstream,
-        addresses: &[u64],
-        workspace: u64,
-    ) -> Result<(), String> {
-        use Attribute::*;
-        if addresses.len() != self.bound.len() {
-            return Err("cuDNN: a tensor without an address".into());
-        }
-        let scalar_ids = self.scalars.iter().map(|(id, _)| *id);
-        let ids: Vec<i64> = self.bound.iter().copied().chain(scalar_ids).collect();
-        let scalars = self
-            .scalars
-            .iter()
-            .map(|(_, value)| (&raw const **value).cast_mut().cast());
-        let pointers: Vec<*mut c_void> = addresses
-            .iter()
-            .map(|&at| at as *mut c_void)
-            .chain(scalars)
-            .collect();
-        let pack = create(Type::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?;
-        set(
-            pack,
-            CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS,
-            Kind::CUDNN_TYPE_INT64,
-            &ids,
-        )?;
-        set(
-            pack,
-            CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS,
-            Kind::CUDNN_TYPE_VOID_PTR,
-            &pointers,
-        )?;
-        let workspace = [workspace as *mut c_void];
-        set(
-            pack,
-            CUDNN_ATTR_VARIANT_PACK_WORKSPACE,
-            Kind::CUDNN_TYPE_VOID_PTR,
-            &workspace,
-        )?;
-        finalize(pack, "arguments")?;
-        let describe = || (self.name.clone(), self.work);
-        let done = profile::timed(stream, describe, || {
-            // SAFETY: the stream is live; the plan's tensors are at the addresses, which the caller
-            // holds.
-            let status = unsafe {
-                cudnn::set_stream(library.handle, stream.cast())
-                    .map_err(|e| format!("cuDNN: {e:?}"))?;
-                sys::cudnnBackendExecute(library.handle, self.raw, pack)
-            };
-            check(status, "run")
-        });
-        // SAFETY: destroyed once, after use.
-        let _ = unsafe { sys::cudnnBackendDestroyDescriptor(pack) };
-        done
     }
 }

@@ -14,6 +14,8 @@ use cudarc::driver::sys::{CUevent_flags, CUstream};
 
 use super::stream::{Buffer, Context};
 use super::{profile, scratch};
+use crate::deterministic;
+use crate::libraries;
 use crate::work::Work;
 
 /// cuBLAS's advice for Hopper.
@@ -203,8 +205,6 @@ struct Operands {
 pub struct Gemms {
     opened: Option<(sys::cublasLtHandle_t, u64)>,
     plans: HashMap<Key, Plan>,
-    /// Whether the first proposal is taken, so that two runs compute the same bits.
-    pub fixed: bool,
 }
 
 fn failed(what: &str) -> impl Fn(lt::CublasError) -> String + '_ {
@@ -218,7 +218,8 @@ impl Gemms {
         }
         // SAFETY: only asks whether the library can be opened.
         if !unsafe { sys::is_culib_present() } {
-            return Err("libcublasLt was not found: install CUDA's cuBLAS or the wheel nvidia-cublas and put its folder on LD_LIBRARY_PATH".into());
+            let (package, wheel) = ("libcublas-13-0", "nvidia-cublas");
+            return Err(libraries::missing("libcublasLt", package, wheel));
         }
         let handle = lt::create_handle().map_err(failed("create"))?;
         let workspace = scratch::allocate(WORKSPACE, "cuBLASLt")?; // kept for good
@@ -487,10 +488,11 @@ impl Context<'_> {
             beta,
         };
         let opened = self.gemms.opened()?;
-        let (stream, fixed) = (self.stream, self.gemms.fixed);
+        let stream = self.stream;
         let plan = self.gemms.plan(opened.0, key)?;
         let repeatable = beta == 0.0 || c != d.at;
-        if plan.algos.len() > 1 && repeatable && !fixed {
+        // Which one wins differs from run to run, and so do its roundings.
+        if plan.algos.len() > 1 && repeatable && !deterministic::is_on() {
             plan.race(opened, &operands, stream)?;
         }
         profile::timed(

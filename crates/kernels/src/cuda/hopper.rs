@@ -6,6 +6,7 @@ use cudarc::driver::sys;
 
 use super::gemm::Matrix;
 use super::stream::{Arg, Context};
+use crate::work::Work;
 
 /// As in the source: rows and columns of a tile, its depth, stages of shared memory.
 const TILE: usize = 128;
@@ -90,7 +91,8 @@ impl Context<'_> {
             Arg::Int(f as i32),
             Arg::Int(k as i32),
         ];
-        self.launch_clusters("product_gated", &args)
+        self.doing(Work::Flops(4.0 * x.rows as f64 * (f * k) as f64))
+            .launch_clusters("product_gated", &args)
     }
 
     /// Back through SwiGLU from dy, with dZ = dy `down`: the gradients of gate and up side by side
@@ -117,7 +119,8 @@ impl Context<'_> {
             Arg::Int(f as i32),
             Arg::Int(k as i32),
         ];
-        self.launch_clusters("product_gated_backward", &args)
+        self.doing(Work::Flops(2.0 * dy.rows as f64 * (f * k) as f64))
+            .launch_clusters("product_gated_backward", &args)
     }
 
     /// One block on each multiprocessor, in clusters of two.

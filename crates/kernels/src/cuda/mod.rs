@@ -7,11 +7,13 @@
 
 pub mod adamw;
 pub mod attention;
+mod attention_dq;
 mod attention_graph;
 pub mod compile;
 pub mod conv;
 pub mod cross_entropy;
 pub mod cudnn;
+mod cudnn_plan;
 pub mod embedding;
 pub mod flat;
 pub mod gemm;

@@ -26,6 +26,7 @@ use super::profile;
 use super::scratch;
 use crate::memory::{self, Usage};
 use crate::reference;
+use crate::work::Work;
 
 type CudaServer = <cubecl::cuda::CudaRuntime as Runtime>::Server;
 
@@ -131,6 +132,8 @@ pub struct Context<'a> {
     pub attentions: &'a mut Attentions,
     /// Address and bytes of every buffer of this call, while a profile is taken.
     pub extents: Vec<(u64, u64)>,
+    /// What the next launch does, where somebody said so.
+    pub work: Option<Work>,
 }
 
 /// One kernel argument.
@@ -253,6 +256,7 @@ fn issue_on(
                 kernels,
                 attentions,
                 extents,
+                work: None,
             };
             issue(&mut context, &from, &to)
         })

@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use super::compare::{Comparison, Op};
+use super::compare::{Comparison, Op, rate_of};
 use super::mirror::Mirror;
 use crate::context::{Context, ContextSettings, StateExchange};
 use crate::dtype::cast;
 use crate::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
 use crate::ops::flat::Part;
+use crate::profile::record;
 use crate::testing::{normal, relative_error, values};
 use crate::ttt::{ScanSpec, chunk_conv, fast_weight_scan};
 use crate::{
@@ -157,53 +158,22 @@ pub fn all() -> Vec<Op> {
         }
     }
     all.extend([16, 2].map(shared_scan_case));
-    let whole = |rows, length| Some(Packing::whole_rows(rows, length));
     all.extend(super::halves::all());
-    all.push(attention_case(
-        "causal",
-        [2, 200, 4, 2, 64],
-        None,
-        whole(2, 200),
-    ));
-    all.push(attention_case("causal", [1, 256, 2, 2, 128], None, None));
-    all.push(attention_case(
-        "window 48",
-        [2, 200, 4, 4, 64],
-        Some(48),
-        whole(2, 200),
-    ));
-    all.push(attention_case(
-        "window 100, groups",
-        [1, 333, 4, 1, 128],
-        Some(100),
-        None,
-    ));
-    all.push(attention_case(
-        "documents",
-        [2, 200, 4, 2, 64],
-        None,
-        Some(packed(2, 200)),
-    ));
-    all.push(attention_case(
-        "documents, window 30",
-        [2, 131, 2, 2, 128],
-        Some(30),
-        Some(packed(2, 131)),
-    ));
+    all.extend(attentions());
     // Keys before the first query, as ranks that share rows fetch them.
     all.push(attention_behind(
         "causal",
         130,
         [2, 330, 4, 2, 64],
         None,
-        whole(2, 330),
+        Some(Packing::whole_rows(2, 330)),
     ));
     all.push(attention_behind(
         "window 48",
         47,
         [2, 247, 4, 4, 64],
         Some(48),
-        whole(2, 247),
+        Some(Packing::whole_rows(2, 247)),
     ));
     all.push(attention_behind(
         "documents, window 30",
@@ -248,6 +218,29 @@ fn shared_scan_case(chunk: usize) -> Op {
         CHAIN,
         run,
     )
+}
+
+/// Attention with every kind of mask.
+pub fn attentions() -> Vec<Op> {
+    let whole = |rows, length| Some(Packing::whole_rows(rows, length));
+    vec![
+        attention_case("causal", [2, 200, 4, 2, 64], None, whole(2, 200)),
+        attention_case("causal", [1, 256, 2, 2, 128], None, None),
+        attention_case("window 48", [2, 200, 4, 4, 64], Some(48), whole(2, 200)),
+        attention_case("window 100, groups", [1, 333, 4, 1, 128], Some(100), None),
+        attention_case("documents", [2, 200, 4, 2, 64], None, Some(packed(2, 200))),
+        attention_case(
+            "documents, window 30",
+            [2, 131, 2, 2, 128],
+            Some(30),
+            Some(packed(2, 131)),
+        ),
+    ]
+}
+
+/// Attention over more tokens than a GPU takes at once.
+pub fn long_attention() -> Op {
+    attention_case("causal", [1, 2048, 8, 4, 64], None, None)
 }
 
 fn rope_case(batch: usize, tokens: usize, heads: usize, size: usize) -> Op {
@@ -375,7 +368,12 @@ pub fn optimizer(device: &Device) -> Vec<Comparison> {
             name: format!("{name}: bf16 copy"),
             error: if copy { 0.0 } else { f64::INFINITY },
             bound: 0.0,
+            rate: None,
         });
+        let rate = match record(device, || run(device, poisoned)) {
+            Some(Ok((_, timed))) => rate_of(&timed),
+            _ => None,
+        };
         for (part, (a, b)) in ["weights", "mean", "square", "Σ g²"]
             .iter()
             .zip(ours.iter().zip(&reference))
@@ -385,6 +383,7 @@ pub fn optimizer(device: &Device) -> Vec<Comparison> {
                 error: relative_error(a, b),
                 // A few f32 roundings; a sum of 10⁵ terms in another order.
                 bound: 1e-5,
+                rate,
             });
         }
     }

@@ -6,25 +6,37 @@ mod halves;
 mod mirror;
 mod system;
 
-pub use compare::{Comparison, Op, compare};
+pub use compare::{Comparison, Op, Rate, compare, repeated};
 pub use system::{Finding, bandwidth, system};
 
 use burn::tensor::Device;
+
+use crate::deterministic;
 
 /// Every operation once on `device` against its reference on the CPU, `report`ed as it is done.
 /// Returns whether all agree.
 pub fn check(device: &Device, mut report: impl FnMut(&Comparison)) -> bool {
     let mut sound = true;
-    for case in cases::all() {
-        for comparison in compare(&case, device) {
+    let mut tell = |comparisons: Vec<Comparison>| {
+        for comparison in comparisons {
             sound &= comparison.passed();
             report(&comparison);
         }
+    };
+    let set = deterministic::is_on();
+    deterministic::set(false);
+    for case in cases::all() {
+        tell(compare(&case, device));
     }
-    for comparison in cases::optimizer(device) {
-        sound &= comparison.passed();
-        report(&comparison);
+    tell(cases::optimizer(device));
+    deterministic::set(true);
+    for case in cases::attentions() {
+        let name = format!("{}, deterministic", case.name);
+        tell(compare(&Op { name, ..case }, device));
     }
+    // Large enough that blocks finish in another order each time.
+    tell(repeated(&cases::long_attention(), device, 5));
+    deterministic::set(set);
     sound
 }
 

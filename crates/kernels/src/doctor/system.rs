@@ -11,47 +11,92 @@ pub struct Finding {
     pub fine: bool,
 }
 
-/// The driver, the GPUs, and which libraries open, with what to install where one is missing.
+/// The driver, the GPUs, and which libraries open, in which version and from where, with what to
+/// install where one is missing.
 #[cfg(feature = "cuda")]
 pub fn system() -> Vec<Finding> {
+    use crate::libraries::{loaded_from, missing};
     let mut all = gpus();
-    let library = |name: &str, present: bool, wheel: &str, version: Option<String>| Finding {
-        what: name.into(),
-        answer: match present {
-            true => version.map_or("found".into(), |v| format!("version {v}")),
-            false => format!(
-                "not found: install CUDA's {name} or the wheel {wheel}, and put its folder on LD_LIBRARY_PATH"
-            ),
-        },
-        fine: present,
-    };
-    use cudarc::{cublaslt, cudnn, nccl, nvrtc};
-    // SAFETY: each call only asks whether a library can be opened.
-    let [lt, dnn, rtc, ccl] = unsafe {
-        [
-            cublaslt::sys::is_culib_present(),
-            cudnn::sys::is_culib_present(),
-            nvrtc::sys::is_culib_present(),
-            nccl::sys::is_culib_present(),
-        ]
-    };
-    // SAFETY: no arguments; the libraries are present.
-    let versions = unsafe {
-        [
-            lt.then(|| cublaslt::sys::cublasLtGetVersion().to_string()),
-            dnn.then(|| cudnn::sys::cudnnGetVersion().to_string()),
-        ]
-    };
-    let [lt_version, dnn_version] = versions;
-    all.push(library("libcublasLt", lt, "nvidia-cublas", lt_version));
-    all.push(library("libcudnn", dnn, "nvidia-cudnn-cu13", dnn_version));
-    all.push(library("libnvrtc", rtc, "nvidia-cuda-nvrtc", None));
-    // One GPU needs no NCCL.
-    all.push(Finding {
-        fine: true,
-        ..library("libnccl", ccl, "nvidia-nccl-cu13", None)
-    });
+    for (name, package, wheel, version) in LIBRARIES {
+        // Opening a library to ask its version also maps its file.
+        let version = version();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let answer = match &version {
+            None if name == OPTIONAL => {
+                format!(
+                    "only several GPUs need it: {}",
+                    missing(name, package, wheel)
+                )
+            }
+            None => missing(name, package, wheel),
+            Some(version) => {
+                let file = loaded_from(name, &maps).map(|file| file.display().to_string());
+                format!("{version}, {}", file.as_deref().unwrap_or("file unknown"))
+            }
+        };
+        all.push(Finding {
+            what: name.into(),
+            answer,
+            fine: version.is_some() || name == OPTIONAL,
+        });
+    }
     all
+}
+
+/// One GPU needs none.
+#[cfg(feature = "cuda")]
+const OPTIONAL: &str = "libnccl";
+
+/// Name, NVIDIA's system package and wheel, and what tells its version if it can be opened.
+#[cfg(feature = "cuda")]
+type Library = (
+    &'static str,
+    &'static str,
+    &'static str,
+    fn() -> Option<String>,
+);
+
+#[cfg(feature = "cuda")]
+const LIBRARIES: [Library; 4] = [
+    ("libcublasLt", "libcublas-13-0", "nvidia-cublas", || {
+        use cudarc::cublaslt::sys;
+        // SAFETY: the library is asked for only if it can be opened.
+        unsafe { sys::is_culib_present().then(|| dotted(sys::cublasLtGetVersion())) }
+    }),
+    ("libcudnn", "cudnn9-cuda-13", "nvidia-cudnn-cu13", || {
+        use cudarc::cudnn::sys;
+        // SAFETY: as above.
+        unsafe { sys::is_culib_present().then(|| dotted(sys::cudnnGetVersion())) }
+    }),
+    ("libnvrtc", "cuda-nvrtc-13-0", "nvidia-cuda-nvrtc", || {
+        use cudarc::nvrtc::sys;
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: as above; writes two integers.
+        unsafe {
+            sys::is_culib_present().then(|| sys::nvrtcVersion(&mut major, &mut minor))?;
+        }
+        Some(format!("{major}.{minor}"))
+    }),
+    (OPTIONAL, "libnccl2", "nvidia-nccl-cu13", || {
+        use cudarc::nccl::sys;
+        let mut version = 0;
+        // SAFETY: as above; writes an integer.
+        unsafe {
+            sys::is_culib_present().then(|| sys::ncclGetVersion(&mut version))?;
+        }
+        Some(dotted(version as usize))
+    }),
+];
+
+/// 91900 is 9.19.0: two digits each after the first part.
+#[cfg(feature = "cuda")]
+fn dotted(version: usize) -> String {
+    format!(
+        "{}.{}.{}",
+        version / 10_000,
+        version / 100 % 100,
+        version % 100
+    )
 }
 
 #[cfg(feature = "cuda")]
@@ -75,6 +120,21 @@ fn gpus() -> Vec<Finding> {
     if count == 0 {
         return missing("the driver sees no GPU".into());
     }
+    let mut cuda = 0;
+    // SAFETY: writes one integer.
+    let known = unsafe { sys::cuDriverGetVersion(&mut cuda) }
+        .result()
+        .is_ok();
+    let release = std::fs::read_to_string("/sys/module/nvidia/version").unwrap_or_default();
+    let supports = format!("CUDA {}.{}", cuda / 1000, cuda % 1000 / 10);
+    let driver = Finding {
+        what: "driver".into(),
+        answer: match release.trim() {
+            "" => supports,
+            release => format!("{release}, {supports}"),
+        },
+        fine: known,
+    };
     let describe = |ordinal: i32| -> Result<String, driver::DriverError> {
         use sys::CUdevice_attribute::*;
         let device = driver::device::get(ordinal)?;
@@ -98,20 +158,19 @@ fn gpus() -> Vec<Finding> {
             "{name}, compute capability {major}.{minor}, {gib:.1} GiB"
         ))
     };
-    (0..count)
-        .map(|ordinal| match describe(ordinal) {
-            Ok(answer) => Finding {
-                what: format!("GPU {ordinal}"),
-                answer,
-                fine: true,
-            },
-            Err(error) => Finding {
-                what: format!("GPU {ordinal}"),
-                answer: error.to_string(),
-                fine: false,
-            },
-        })
-        .collect()
+    let gpus = (0..count).map(|ordinal| match describe(ordinal) {
+        Ok(answer) => Finding {
+            what: format!("GPU {ordinal}"),
+            answer,
+            fine: true,
+        },
+        Err(error) => Finding {
+            what: format!("GPU {ordinal}"),
+            answer: error.to_string(),
+            fine: false,
+        },
+    });
+    [driver].into_iter().chain(gpus).collect()
 }
 
 /// Says that this program was built without CUDA.

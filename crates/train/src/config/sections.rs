@@ -95,6 +95,10 @@ pub struct TrainConfig {
     /// Master weights, moments and fast weights are f32 in both.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compute: Option<Precision>,
+    /// Whether the same run gives the same losses to the last bit on a GPU too, at the cost of some
+    /// speed. On the CPU it always does.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub deterministic: bool,
     /// What happens at a step whose gradients are not finite, or spike.
     #[serde(default)]
     pub on_bad_gradient: OnBadGradient,
