@@ -23,8 +23,8 @@ pub struct Heads {
     pub groups: usize,
     /// E
     pub size: usize,
-    /// Whether queries have rows of their own, before those of keys and values: cuDNN's backward pass
-    /// over packed documents takes the documents' offsets in q for those of its own buffers.
+    /// Whether queries, keys and values have rows of their own, one kind behind the other: cuDNN's
+    /// backward pass over packed documents is right for such tensors alone.
     pub split: bool,
     /// Added to the mean square in the norm of a head.
     pub eps: f32,
@@ -45,38 +45,40 @@ impl Heads {
         (self.heads + 2 * self.groups) * self.size
     }
 
+    /// Columns of queries, keys and values.
+    fn columns(&self) -> [usize; 3] {
+        [self.heads, self.groups, self.groups].map(|heads| heads * self.size)
+    }
+
     /// The matrices of rows, from address `at` on: each with the first of its columns among S.
     pub fn matrices(&self, at: u64) -> Vec<(Matrix, usize)> {
         let bf16 = |at, columns| Matrix::new(at, self.rows, columns, DType::BF16);
-        let queries = self.heads * self.size;
-        match self.split {
-            false => vec![(bf16(at, self.width()), 0)],
-            true => {
-                let behind = at + (2 * self.rows * queries) as u64;
-                vec![
-                    (bf16(at, queries), 0),
-                    (bf16(behind, self.width() - queries), queries),
-                ]
-            }
+        if !self.split {
+            return vec![(bf16(at, self.width()), 0)];
         }
+        let mut from = 0;
+        let each = self.qkv(at).into_iter().zip(self.columns());
+        each.map(|(at, columns)| {
+            let first = from;
+            from += columns;
+            (bf16(at, columns), first)
+        })
+        .collect()
     }
 
     /// Addresses of the first query, key and value.
     pub fn qkv(&self, at: u64) -> [u64; 3] {
-        let queries = 2 * (self.heads * self.size) as u64;
-        let keys = 2 * (self.groups * self.size) as u64;
-        let first_key = match self.split {
-            true => at + self.rows as u64 * queries,
-            false => at + queries,
-        };
-        [at, first_key, first_key + keys]
+        let [queries, keys, _] = self.columns();
+        let rows = if self.split { self.rows } else { 1 };
+        let bytes = |columns: usize| (2 * rows * columns) as u64;
+        [at, at + bytes(queries), at + bytes(queries + keys)]
     }
 
     /// Attention over such rows, `tokens` to a sequence.
     pub fn extents(&self, tokens: usize) -> Extents {
-        let (queries, pairs) = (self.heads * self.size, 2 * self.groups * self.size);
+        let [queries, keys, _] = self.columns();
         let (query_row, key_row) = match self.split {
-            true => (queries, pairs),
+            true => (queries, keys),
             false => (self.width(), self.width()),
         };
         Extents {

@@ -16,7 +16,7 @@ use super::stream::{Arg, Buffer, Context, on_stream};
 use crate::packing::{Piece, Write};
 
 /// Bytes of each slab of piece weights.
-const SLAB: usize = 128 << 20;
+const SLAB: usize = 256 << 20;
 
 /// Blocks of a state's sum of squares.
 const NORM_BLOCKS: usize = 256;

@@ -1,5 +1,5 @@
 // Norm and rotation of query and key heads in rows [queries, keys, values] of (H + 2 G) E elements; `split`:
-// in rows [queries] of H E and, behind all of them, rows [keys, values] of 2 G E elements.
+// in rows of queries, then rows of keys, then rows of values.
 // E/8 lanes, a power of two, share a head, eight elements each; the other half of a rotated pair is
 // E/16 lanes away. qkv, raw, dqkv: [rows, (H + 2 G) E] bf16; cosine, sine: [N, E/2] f32.
 
@@ -18,7 +18,7 @@ __device__ __forceinline__ HeadAt head_at(u64 vector, u64 rows, int split, int t
     HeadAt r;
     r.kind = head < heads ? 0 : head < heads + groups ? 1 : 2;
     u64 place = index;
-    if (split) place = r.kind == 0 ? row * heads + head : rows * heads + row * 2 * groups + head - heads;
+    if (split) place = r.kind == 0 ? row * heads + head : rows * (heads + (r.kind - 1) * groups) + row * groups + (head - heads) % groups;
     r.at = place * size + 8 * lane;
     r.low = lane < lanes / 2;
     r.table = row % tokens * (size / 2) + 8 * (lane % (lanes / 2));

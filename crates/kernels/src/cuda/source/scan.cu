@@ -46,9 +46,10 @@ extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, 
     if (at >= n) return;
     F8 s = load8(state + at), g = load8(later + at), total = load8(dw0 + at);
     const F8 w = load8_as(w0, at, w0_f32);
-#pragma unroll 2
+    F8 next_d = load8(weights + (pieces - 1) * n + at), next_e = load8(sums + (pieces - 1) * n + at);
     for (int i = pieces - 1; i >= 0; i--) {
-        const F8 d = load8(weights + i * n + at), e = load8(sums + i * n + at);
+        const F8 d = next_d, e = next_e;
+        if (i > 0) next_d = load8(weights + (i - 1) * n + at), next_e = load8(sums + (i - 1) * n + at);
         const bool read = reads >> i & 1, add = adds >> i & 1, get = gets >> i & 1, keep = keeps >> i & 1;
         F8 a, b;
 #pragma unroll
