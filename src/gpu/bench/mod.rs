@@ -15,7 +15,7 @@ use burn::tensor::Device;
 use serde_json::{Value, json};
 use ttt_kernels::bench::{self, Row};
 use ttt_kernels::work::Work;
-use ttt_kernels::{deterministic, memory};
+use ttt_kernels::{deterministic, doctor, memory};
 use ttt_train::config::DeviceKind;
 use ttt_train::device;
 
@@ -207,6 +207,7 @@ fn guarded(run: &Run, mode: Mode, device: &Device) -> Value {
         "driver_mem_gib": driver.map(gib),
         "pools_mem_gib": pools.map(gib),
         "deterministic": deterministic::is_on(),
+        "gpu": doctor::gpu_name(),
         "ttt_version": env!("CARGO_PKG_VERSION"),
         "wall_s": round(begun.elapsed().as_secs_f64(), 1),
     });
@@ -217,11 +218,49 @@ fn guarded(run: &Run, mode: Mode, device: &Device) -> Value {
 }
 
 fn failure(run: &Run, mode: Mode, detail: &str) -> Value {
+    // The driver's words, and CubeCL's.
+    let words = [
+        "out of memory",
+        "out_of_memory",
+        "out of device memory",
+        "can't allocate buffer",
+    ];
     let lower = detail.to_lowercase();
-    let memory = ["out of memory", "outofmemory", "out_of_memory"];
-    let error = match memory.iter().any(|part| lower.contains(part)) {
+    let error = match words.iter().any(|part| lower.contains(part)) {
         true => "OOM",
         false => "failed",
     };
+    // What follows is a backtrace.
+    let detail: String = detail.chars().take(400).collect();
     json!({ "run": run.name(mode), "error": error, "detail": detail })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_little_memory_is_told_from_other_failures() {
+        let run = Run {
+            preset: Preset::Tiny,
+            attn: Attn::Swa,
+            batch: 1,
+            seq: 8,
+            ttt: true,
+            steps: 1,
+            warmup: 1,
+            recompute: false,
+            device: DeviceKind::Cpu,
+        };
+        for (detail, error) in [
+            (
+                "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",
+                "OOM",
+            ),
+            ("out of device memory allocating 8 bytes", "OOM"),
+            ("the loss of step 3 is NaN", "failed"),
+        ] {
+            assert_eq!(failure(&run, Mode::Train, detail)["error"], error);
+        }
+    }
 }

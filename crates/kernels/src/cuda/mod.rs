@@ -13,7 +13,7 @@ pub mod compile;
 pub mod conv;
 pub mod cross_entropy;
 pub mod cudnn;
-mod cudnn_plan;
+pub mod cudnn_plan;
 pub mod embedding;
 pub mod flat;
 pub mod gemm;

@@ -160,29 +160,50 @@ pub fn all() -> Vec<Op> {
     all.extend([16, 2].map(shared_scan_case));
     all.extend(super::halves::all());
     all.extend(attentions());
-    // Keys before the first query, as ranks that share rows fetch them.
-    all.push(attention_behind(
-        "causal",
-        130,
-        [2, 330, 4, 2, 64],
-        None,
-        Some(Packing::whole_rows(2, 330)),
-    ));
-    all.push(attention_behind(
-        "window 48",
-        47,
-        [2, 247, 4, 4, 64],
-        Some(48),
-        Some(Packing::whole_rows(2, 247)),
-    ));
-    all.push(attention_behind(
-        "documents, window 30",
-        29,
-        [2, 160, 2, 2, 128],
-        Some(30),
-        Some(packed(2, 160)),
-    ));
     all
+}
+
+/// Attention with every kind of mask.
+pub fn attentions() -> Vec<Op> {
+    let whole = |rows, length| Some(Packing::whole_rows(rows, length));
+    let some = |rows, length| Some(packed(rows, length));
+    vec![
+        attention_case("causal", [2, 200, 4, 2, 64], None, whole(2, 200)),
+        attention_case("causal", [1, 256, 2, 2, 128], None, None),
+        attention_case("window 48", [2, 200, 4, 4, 64], Some(48), whole(2, 200)),
+        attention_case("window 100, groups", [1, 333, 4, 1, 128], Some(100), None),
+        attention_case("documents", [2, 200, 4, 2, 64], None, some(2, 200)),
+        attention_case(
+            "documents, window 30",
+            [2, 131, 2, 2, 128],
+            Some(30),
+            some(2, 131),
+        ),
+        // Keys before the first query, as ranks that share rows fetch them.
+        attention_behind("causal", 130, [2, 330, 4, 2, 64], None, whole(2, 330)),
+        attention_behind("window 48", 47, [2, 247, 4, 4, 64], Some(48), whole(2, 247)),
+        attention_behind(
+            "documents, window 30",
+            29,
+            [2, 160, 2, 2, 128],
+            Some(30),
+            some(2, 160),
+        ),
+    ]
+}
+
+/// Attention over more tokens than a GPU takes at once.
+pub fn long_attentions() -> Vec<Op> {
+    vec![
+        attention_case("causal", [1, 2048, 8, 4, 64], None, None),
+        attention_case("window 300", [2, 2048, 8, 8, 128], Some(300), None),
+        attention_case(
+            "documents",
+            [2, 2048, 8, 4, 128],
+            None,
+            Some(packed(2, 2048)),
+        ),
+    ]
 }
 
 /// A rank in the middle of three: in its first row a document ends that an earlier rank began, and one
@@ -218,29 +239,6 @@ fn shared_scan_case(chunk: usize) -> Op {
         CHAIN,
         run,
     )
-}
-
-/// Attention with every kind of mask.
-pub fn attentions() -> Vec<Op> {
-    let whole = |rows, length| Some(Packing::whole_rows(rows, length));
-    vec![
-        attention_case("causal", [2, 200, 4, 2, 64], None, whole(2, 200)),
-        attention_case("causal", [1, 256, 2, 2, 128], None, None),
-        attention_case("window 48", [2, 200, 4, 4, 64], Some(48), whole(2, 200)),
-        attention_case("window 100, groups", [1, 333, 4, 1, 128], Some(100), None),
-        attention_case("documents", [2, 200, 4, 2, 64], None, Some(packed(2, 200))),
-        attention_case(
-            "documents, window 30",
-            [2, 131, 2, 2, 128],
-            Some(30),
-            Some(packed(2, 131)),
-        ),
-    ]
-}
-
-/// Attention over more tokens than a GPU takes at once.
-pub fn long_attention() -> Op {
-    attention_case("causal", [1, 2048, 8, 4, 64], None, None)
 }
 
 fn rope_case(batch: usize, tokens: usize, heads: usize, size: usize) -> Op {

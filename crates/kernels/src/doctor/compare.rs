@@ -138,8 +138,9 @@ fn results(
     all
 }
 
-/// The operation's inputs, in bf16 on the host, and the gradient of its output.
-fn inputs(op: &Op) -> (Vec<TensorData>, TensorData) {
+/// The operation's inputs in bf16 and the gradient of its output; it runs on `device` in `dtype` to tell
+/// the size of that.
+fn inputs(op: &Op, device: &Device, dtype: DType) -> (Vec<TensorData>, TensorData) {
     let host = Device::flex();
     let draw = |(i, &(count, scale)): (usize, &(usize, f64))| {
         normal([count], scale, 1000 + i as u64, &host, DType::BF16).to_data()
@@ -147,7 +148,7 @@ fn inputs(op: &Op) -> (Vec<TensorData>, TensorData) {
     let data: Vec<TensorData> = op.inputs.iter().enumerate().map(draw).collect();
     let plain: Vec<Tensor<1>> = data
         .iter()
-        .map(|d| Tensor::from_data(d.clone(), (&host, DType::F32)))
+        .map(|d| Tensor::from_data(d.clone(), (device, dtype)))
         .collect();
     let length = (op.run)(&plain).dims()[0];
     let dy = normal([length], 1.0, 77, &host, DType::BF16).to_data();
@@ -164,7 +165,7 @@ fn label(op: &Op, i: usize) -> String {
 
 /// The operation several times over on `device`: every result must have the bits of the first time.
 pub fn repeated(op: &Op, device: &Device, times: usize) -> Vec<Comparison> {
-    let (data, dy) = inputs(op);
+    let (data, dy) = inputs(op, device, DType::BF16);
     let run = || results(op, &data, &dy, device, DType::BF16);
     let first = run();
     let mut errors = vec![0f64; first.len()];
@@ -193,7 +194,7 @@ pub fn repeated(op: &Op, device: &Device, times: usize) -> Vec<Comparison> {
 /// The operation in bf16 on `device` against f32 on the CPU, from the same inputs.
 pub fn compare(op: &Op, device: &Device) -> Vec<Comparison> {
     let host = Device::flex();
-    let (data, dy) = inputs(op);
+    let (data, dy) = inputs(op, &host, DType::F32);
     let ours = results(op, &data, &dy, device, DType::BF16);
     let reference = results(op, &data, &dy, &host, DType::F32);
     let [forward, backward] = rates(op, &data, &dy, device);

@@ -183,6 +183,24 @@ pub fn system() -> Vec<Finding> {
     }]
 }
 
+/// The first GPU's name; `None` without one.
+#[cfg(feature = "cuda")]
+pub fn gpu_name() -> Option<String> {
+    use cudarc::driver::{result as driver, sys};
+    // SAFETY: only asks whether the library can be opened.
+    if !unsafe { sys::is_culib_present() } {
+        return None;
+    }
+    driver::init().ok()?;
+    driver::device::get_name(driver::device::get(0).ok()?).ok()
+}
+
+/// There is none without CUDA.
+#[cfg(not(feature = "cuda"))]
+pub fn gpu_name() -> Option<String> {
+    None
+}
+
 /// Bytes per second that the first GPU's memory moves at most; `None` if the driver does not tell.
 #[cfg(feature = "cuda")]
 pub fn bandwidth() -> Option<f64> {
