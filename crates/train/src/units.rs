@@ -57,6 +57,41 @@ impl FlatLayout {
         self.offsets[i]..self.offsets[i + 1]
     }
 
+    /// What rank `rank`'s shard holds of the parameters, without padding.
+    pub fn shard_range(&self, rank: usize) -> Range<usize> {
+        let end = ((rank + 1) * self.shard_len).min(self.len());
+        (rank * self.shard_len).min(end)..end
+    }
+
+    /// The parameters that lie in `flat`, by number, and which of their elements do.
+    pub fn cut(&self, flat: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let parts = (0..self.specs.len()).map(move |i| {
+            let Range { start, end } = self.range(i);
+            let clamp = |at: usize| at.clamp(start, end) - start;
+            (i, clamp(flat.start)..clamp(flat.end))
+        });
+        parts.filter(|(_, part)| !part.is_empty())
+    }
+
+    /// Rank `rank`'s shard, padded, read parameter by parameter: `read` fills elements of one.
+    ///
+    /// # Errors
+    /// Whatever `read` returns.
+    pub fn read_shard<E>(
+        &self,
+        rank: usize,
+        mut read: impl FnMut(&ParamSpec, Range<usize>, &mut [f32]) -> Result<(), E>,
+    ) -> Result<Vec<f32>, E> {
+        let mut shard = vec![0.0; self.shard_len];
+        let mut rest = shard.as_mut_slice();
+        for (i, part) in self.cut(self.shard_range(rank)) {
+            let values;
+            (values, rest) = rest.split_at_mut(part.len());
+            read(&self.specs[i], part, values)?;
+        }
+        Ok(shard)
+    }
+
     /// The part of rank `rank`'s shard that decays, in shard coordinates.
     pub fn decayed(&self, rank: usize) -> Range<usize> {
         let decaying = self.specs.iter().filter(|spec| spec.decays()).count();
@@ -134,11 +169,16 @@ impl UnitState {
             full.extend(values(spec)?);
         }
         let shard = layout.shard_of(&full, mesh.shard.rank());
-        let len = shard.len();
+        Ok(Self::from_shard(unit, layout, shard, device))
+    }
+
+    /// A unit of which this rank's shard, padded, is `master`; moments zero.
+    pub fn from_shard(unit: Unit, layout: FlatLayout, master: Vec<f32>, device: &Device) -> Self {
+        let len = master.len();
         let zeros = || Tensor::<1>::zeros([len], (device, DType::F32));
-        Ok(Self {
+        Self {
             unit,
-            master: Tensor::from_data(TensorData::new(shard, [len]), (device, DType::F32)),
+            master: Tensor::from_data(TensorData::new(master, [len]), (device, DType::F32)),
             moments: Moments {
                 first: zeros(),
                 second: zeros(),
@@ -147,7 +187,7 @@ impl UnitState {
             copy: None,
             gradient: None,
             ready: None,
-        })
+        }
     }
 
     /// The parameters in the precision the model computes in, gathered from all shards.
