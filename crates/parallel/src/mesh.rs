@@ -199,16 +199,6 @@ impl Mesh {
         }
     }
 
-    /// This rank's number in the mesh.
-    pub fn rank(&self) -> usize {
-        self.data_rank()
-    }
-
-    /// Ranks of the mesh.
-    pub fn size(&self) -> usize {
-        self.data_size()
-    }
-
     /// This rank's place among those that read different rows.
     pub fn data_rank(&self) -> usize {
         self.replicate.rank() * self.shard.size() + self.shard.rank()

@@ -16,33 +16,30 @@ use crate::error::TrainError;
 /// # Errors
 /// If a rank is lost.
 pub fn gather_bytes(mesh: &Mesh, device: &Device, own: &[u8]) -> Result<Vec<Vec<u8>>, TrainError> {
-    let (rank, ranks) = (mesh.rank(), mesh.size());
-    if ranks == 1 {
+    if mesh.world.size() == 1 {
         return Ok(vec![own.to_vec()]);
     }
-    // A sum in which every rank fills its own place. Small whole numbers are exact in f32.
-    let sum = |values: Vec<f32>| {
+    // Small whole numbers are exact in f32.
+    let gather = |values: Vec<f32>| {
         let len = values.len();
         let tensor = Tensor::from_data(TensorData::new(values, [len]), (device, DType::F32));
-        read_f32(&mesh.all_reduce_sum(tensor)?)
+        read_f32(&mesh.world.all_gather(tensor)?)
     };
-    let mut lengths = vec![0.0; 2 * ranks];
-    (lengths[2 * rank], lengths[2 * rank + 1]) =
-        ((own.len() >> 16) as f32, (own.len() & 0xffff) as f32);
-    let lengths: Vec<usize> = sum(lengths)?
-        .chunks(2)
-        .map(|pair| ((pair[0] as usize) << 16) + pair[1] as usize)
-        .collect();
-    let begin: usize = lengths[..rank].iter().sum();
-    let mut bytes = vec![0.0; lengths.iter().sum::<usize>().max(1)];
-    for (place, &byte) in bytes[begin..].iter_mut().zip(own) {
-        *place = f32::from(byte);
-    }
-    let mut bytes = sum(bytes)?.into_iter().map(|byte| byte as u8);
-    let parts = lengths
+    let length = [(own.len() >> 16) as f32, (own.len() & 0xffff) as f32];
+    let lengths = gather(length.to_vec())?;
+    let (lengths, _) = lengths.as_chunks::<2>();
+    let lengths = lengths
         .iter()
-        .map(|&len| bytes.by_ref().take(len).collect());
-    Ok(parts.collect())
+        .map(|[high, low]| ((*high as usize) << 16) + *low as usize);
+    let longest = lengths.clone().max().unwrap_or(0).max(1);
+    let mut bytes: Vec<f32> = own.iter().map(|&byte| f32::from(byte)).collect();
+    bytes.resize(longest, 0.0);
+    let all = gather(bytes)?;
+    let messages = all.chunks(longest).zip(lengths).map(|(bytes, length)| {
+        let bytes = bytes[..length].iter();
+        bytes.map(|&byte| byte as u8).collect()
+    });
+    Ok(messages.collect())
 }
 
 /// All ranks' values in rank order, if all of them have one.

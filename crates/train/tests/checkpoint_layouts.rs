@@ -5,15 +5,19 @@ mod common;
 
 use std::path::Path;
 
-use burn::tensor::Device;
+use burn::tensor::{DType, Device};
+
 use common::{LAYOUTS, layout, on_ranks};
-use ttt_kernels::testing::values as elements;
+use ttt_data::Row;
+use ttt_kernels::testing::{relative_error_of, values as elements};
 use ttt_model::{ModelConfig, Unit};
 use ttt_parallel::Mesh;
 use ttt_train::agree::gather_bytes;
 use ttt_train::checkpoint::{self, Checkpoint, Progress};
-use ttt_train::config::Config;
+use ttt_train::config::{Activations, Config};
 use ttt_train::init::initial_values;
+use ttt_train::optimizer::{Updater, scalar};
+use ttt_train::step::{MicroBatch, Model, RopeCache};
 use ttt_train::units::UnitState;
 
 /// A model whose units do not divide evenly among the shards.
@@ -45,15 +49,18 @@ fn state(config: &ModelConfig, mesh: &Mesh, device: &Device) -> Vec<UnitState> {
     let unit = |unit| {
         let of = |seed| {
             let spread = |spec: &ttt_model::ParamSpec| {
-                let init = ttt_model::Init::Normal(1.0);
-                let spec = ttt_model::ParamSpec { init, ..spec.clone() };
+                let init = ttt_model::Init::Normal(0.2);
+                let spec = ttt_model::ParamSpec {
+                    init,
+                    ..spec.clone()
+                };
                 Ok::<_, std::convert::Infallible>(initial_values(&spec, seed))
             };
             UnitState::new(config, unit, mesh, device, spread).expect("infallible")
         };
         let mut state = of(1);
         state.moments.first = of(2).master;
-        state.moments.second = of(3).master;
+        state.moments.second = of(3).master.square();
         state
     };
     Unit::all(config).into_iter().map(unit).collect()
@@ -81,8 +88,18 @@ fn weights(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let mut files: Vec<_> = entries
         .map(|entry| entry.expect("an entry").path())
         .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
-        .map(|path| (path.display().to_string(), std::fs::read(&path).expect("a file")))
-        .map(|(path, bytes)| (path.rsplit('/').next().unwrap_or_default().to_string(), bytes))
+        .map(|path| {
+            (
+                path.display().to_string(),
+                std::fs::read(&path).expect("a file"),
+            )
+        })
+        .map(|(path, bytes)| {
+            (
+                path.rsplit('/').next().unwrap_or_default().to_string(),
+                bytes,
+            )
+        })
         .collect();
     files.sort();
     files
@@ -97,15 +114,23 @@ fn save(config: &Config, step: u64, mesh: &Mesh) -> Result<(), String> {
 
 #[test]
 fn any_layout_reads_what_any_other_wrote() {
-    let dirs: Vec<_> = LAYOUTS.iter().map(|_| tempfile::tempdir().expect("a folder")).collect();
+    let dirs: Vec<_> = LAYOUTS
+        .iter()
+        .map(|_| tempfile::tempdir().expect("a folder"))
+        .collect();
     for (dir, shape) in dirs.iter().zip(LAYOUTS) {
         let config = config(dir.path());
-        on_ranks(layout(shape), |mesh| save(&config, 3, &mesh).expect("all ranks"));
+        on_ranks(layout(shape), |mesh| {
+            save(&config, 3, &mesh).expect("all ranks")
+        });
     }
     let expected = weights(dirs[0].path());
     assert_eq!(expected.len(), 2);
     for (dir, shape) in dirs.iter().zip(LAYOUTS) {
-        assert!(weights(dir.path()) == expected, "{shape:?} wrote other bytes");
+        assert!(
+            weights(dir.path()) == expected,
+            "{shape:?} wrote other bytes"
+        );
         for on in LAYOUTS {
             on_ranks(layout(on), |mesh| {
                 let device = Device::flex();
@@ -113,7 +138,9 @@ fn any_layout_reads_what_any_other_wrote() {
                 let found = Checkpoint::newest_together(&config.run.dir, &mesh, &device);
                 let found = found.expect("all ranks").expect("a checkpoint");
                 assert_eq!(found.progress, progress(3));
-                let units = found.load(&config.model, &mesh, &device).expect("all ranks");
+                let units = found
+                    .load(&config.model, &mesh, &device)
+                    .expect("all ranks");
                 let expected = state(&config.model, &mesh, &device);
                 assert!(bits(&units) == bits(&expected), "{shape:?} read on {on:?}");
             });
@@ -126,7 +153,9 @@ fn any_layout_reads_what_any_other_wrote() {
 fn damage_is_seen_by_all_ranks() {
     let dir = tempfile::tempdir().expect("a folder");
     let config = config(dir.path());
-    on_ranks(layout([2, 2, 1]), |mesh| save(&config, 1, &mesh).expect("all ranks"));
+    on_ranks(layout([2, 2, 1]), |mesh| {
+        save(&config, 1, &mesh).expect("all ranks")
+    });
     let path = checkpoint::path_of(&config.run.dir, 1);
     for (name, bytes) in weights(dir.path()) {
         for at in [0, bytes.len() / 3, bytes.len() / 2, bytes.len() - 1] {
@@ -138,7 +167,10 @@ fn damage_is_seen_by_all_ranks() {
                 opened.map(drop).expect_err("damaged").to_string()
             });
             for error in errors {
-                assert!(error.contains(&name) && error.contains("damaged"), "{error}");
+                assert!(
+                    error.contains(&name) && error.contains("damaged"),
+                    "{error}"
+                );
             }
         }
         std::fs::write(path.join(&name), &bytes).expect("write");
@@ -152,7 +184,9 @@ fn damage_is_seen_by_all_ranks() {
 fn a_lost_rank_leaves_the_checkpoint_before() {
     let dir = tempfile::tempdir().expect("a folder");
     let config = config(dir.path());
-    on_ranks(layout([1, 3, 1]), |mesh| save(&config, 1, &mesh).expect("all ranks"));
+    on_ranks(layout([1, 3, 1]), |mesh| {
+        save(&config, 1, &mesh).expect("all ranks")
+    });
     let before = weights(dir.path());
     for lost in 0..3 {
         for exchanges in 0..6 {
@@ -168,14 +202,19 @@ fn a_lost_rank_leaves_the_checkpoint_before() {
             }
             for (rank, result) in results.iter().enumerate().filter(|(rank, _)| *rank != lost) {
                 let error = result.as_ref().expect_err("a rank was lost");
-                assert!(error.contains(&format!("rank {lost}")), "rank {rank}: {error}");
+                assert!(
+                    error.contains(&format!("rank {lost}")),
+                    "rank {rank}: {error}"
+                );
             }
             assert!(weights(dir.path()) == before);
             Checkpoint::open(&all[0]).expect("the one before");
         }
     }
     // The next save removes what was left.
-    on_ranks(layout([1, 3, 1]), |mesh| save(&config, 2, &mesh).expect("all ranks"));
+    on_ranks(layout([1, 3, 1]), |mesh| {
+        save(&config, 2, &mesh).expect("all ranks")
+    });
     let folder = std::fs::read_dir(checkpoint::folder(&config.run.dir)).expect("a folder");
     assert_eq!(folder.count(), 2);
 }
@@ -193,9 +232,18 @@ fn a_rank_that_cannot_write_is_named() {
         }
         save(&config, 1, &mesh).expect_err("rank 1 finds no files")
     });
-    assert!(errors[0].contains("rank 1: ") && errors[0].contains("elsewhere"), "{}", errors[0]);
-    assert!(errors[0].contains("share"), "{}", errors[0]);
-    assert!(checkpoint::list(&config.run.dir).expect("a folder").is_empty());
+    assert!(errors[0].starts_with("rank 1: "), "{}", errors[0]);
+    for error in errors {
+        assert!(
+            error.contains("elsewhere") && error.contains("all ranks share"),
+            "{error}"
+        );
+    }
+    assert!(
+        checkpoint::list(&config.run.dir)
+            .expect("a folder")
+            .is_empty()
+    );
 
     let errors = on_ranks(layout([2, 1, 1]), |mesh| {
         let mut config = config.clone();
@@ -205,11 +253,121 @@ fn a_rank_that_cannot_write_is_named() {
             save(&config, 1, &Mesh::single()).expect("one rank");
         }
         let found = Checkpoint::newest_together(&config.run.dir, &mesh, &Device::flex());
-        found.map(drop).expect_err("they see different folders").to_string()
+        found
+            .map(drop)
+            .expect_err("they see different folders")
+            .to_string()
     });
     for error in errors {
         assert!(error.contains("all ranks share"), "{error}");
     }
+}
+
+/// Trains the steps `steps` from `units` on, four rows each; returns the updater's running norm.
+fn train(
+    model: &mut Model,
+    steps: std::ops::Range<u64>,
+    mean_norm: f32,
+    mesh: &Mesh,
+    config: &Config,
+) -> f32 {
+    let device = Device::flex();
+    let policy = ttt_train::config::OnBadGradient::Skip;
+    let mut updater = Updater::new(&config.optimizer, policy, None, mean_norm, &device);
+    let rows: Vec<Row> = (0..4).map(row).collect();
+    let share = rows.len() / mesh.data_size();
+    let own = &rows[mesh.data_rank() * share..(mesh.data_rank() + 1) * share];
+    for step in steps {
+        for row in own {
+            let micro = MicroBatch::new(std::slice::from_ref(row), &device).expect("a batch");
+            let pass = model.accumulate(&micro, 0.01, Activations::Keep, mesh);
+            pass.expect("all ranks");
+        }
+        let normalizer = scalar(1.0, &device);
+        let updated = updater.update(&mut model.units, normalizer, 1e-2, step, mesh);
+        updated.expect("all ranks");
+    }
+    elements(&updater.mean_norm)[0] as f32
+}
+
+fn row(number: usize) -> Row {
+    let token = |i: usize| ((i * 7 + i * i * 3 + number * 50) % 131) as u32;
+    Row {
+        input_ids: (0..24).map(token).collect(),
+        labels: (1..25).map(token).collect(),
+        document_starts: vec![0, 9 + number as u32],
+    }
+}
+
+fn model(config: &Config, units: Vec<UnitState>) -> Model {
+    Model {
+        config: config.model.clone(),
+        units,
+        compute: DType::F32,
+        device: Device::flex(),
+        rope: RopeCache::default(),
+    }
+}
+
+/// Three steps, a checkpoint, and three more on another layout end where six steps on one rank do;
+/// on the same layout, with the same bits.
+#[test]
+fn a_run_goes_on_on_another_layout() {
+    let whole = |shape: [usize; 3], stop: Option<[usize; 3]>| {
+        let dir = tempfile::tempdir().expect("a folder");
+        let config = config(dir.path());
+        let six = on_ranks(layout(shape), |mesh| {
+            let units = state(&config.model, &mesh, &Device::flex());
+            let mut model = model(&config, units);
+            let norm = train(&mut model, 0..3, 0.0, &mesh, &config);
+            if stop.is_some() {
+                let mut at = progress(3);
+                at.mean_grad_norm = norm;
+                let saved = checkpoint::save(&config, &model.units, &at, &[], &mesh);
+                saved.expect("all ranks");
+            } else {
+                train(&mut model, 3..6, norm, &mesh, &config);
+            }
+            gathered(&model.units, &mesh)
+        });
+        let Some(then) = stop else { return six };
+        on_ranks(layout(then), |mesh| {
+            let found = Checkpoint::newest_together(&config.run.dir, &mesh, &Device::flex());
+            let found = found.expect("all ranks").expect("a checkpoint");
+            let units = found.load(&config.model, &mesh, &Device::flex());
+            let mut model = model(&config, units.expect("all ranks"));
+            let norm = found.progress.mean_grad_norm;
+            train(&mut model, 3..6, norm, &mesh, &config);
+            gathered(&model.units, &mesh)
+        })
+    };
+    let single = whole([1, 1, 1], None).remove(0);
+    for (first, then) in [
+        ([1, 1, 1], [1, 4, 1]),
+        ([1, 4, 1], [1, 1, 1]),
+        ([1, 2, 1], [2, 1, 1]),
+        ([2, 1, 1], [2, 2, 1]),
+        ([2, 2, 1], [1, 2, 1]),
+    ] {
+        for state in whole(first, Some(then)) {
+            let error = relative_error_of(&state, &single);
+            // Sums over rows in another order, and six updates of 1 % of a weight.
+            assert!(error < 1e-6, "{first:?} then {then:?}: {error:e}");
+        }
+        assert!(whole(first, Some(first)) == whole(first, None), "{first:?}");
+    }
+}
+
+/// Weights and moments of all units, whole.
+fn gathered(units: &[UnitState], mesh: &Mesh) -> Vec<f64> {
+    let mut values = vec![];
+    for unit in units {
+        for shard in [&unit.master, &unit.moments.first, &unit.moments.second] {
+            let full = mesh.shard.all_gather(shard.clone()).expect("all ranks");
+            values.extend(elements(&full.narrow(0, 0, unit.layout.len())));
+        }
+    }
+    values
 }
 
 /// Format 1, with one hash per file, is read; one of the future is refused.
@@ -252,11 +410,16 @@ fn formats() {
 #[test]
 fn messages_arrive_whole() {
     let all = on_ranks(layout([2, 2, 1]), |mesh| {
-        let own: Vec<u8> = (0..mesh.world.rank() * 70_000).map(|i| (i % 251) as u8).collect();
+        let own: Vec<u8> = (0..mesh.world.rank() * 70_000)
+            .map(|i| (i % 251) as u8)
+            .collect();
         let all = gather_bytes(&mesh, &Device::flex(), &own).expect("all ranks");
         assert!(all[mesh.world.rank()] == own);
         all
     });
     assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
-    assert_eq!(all[0].iter().map(Vec::len).collect::<Vec<_>>(), [0, 70_000, 140_000, 210_000]);
+    assert_eq!(
+        all[0].iter().map(Vec::len).collect::<Vec<_>>(),
+        [0, 70_000, 140_000, 210_000]
+    );
 }

@@ -33,7 +33,9 @@ impl Checkpoint {
     /// # Errors
     /// If a file is missing, truncated or changed, or written by another version.
     pub fn open(path: &Path) -> Result<Self, TrainError> {
-        Self::open_share(path, Share { index: 0, of: 1 })
+        let manifest = Manifest::read(path)?;
+        manifest.verify(path, Share { index: 0, of: 1 })?;
+        Self::verified(path, manifest)
     }
 
     /// [`Checkpoint::open`] by all ranks, each of which verifies a part.
@@ -42,15 +44,17 @@ impl Checkpoint {
     /// As [`Checkpoint::open`], on all ranks if on one, or if a rank is lost.
     pub fn open_together(path: &Path, mesh: &Mesh, device: &Device) -> Result<Self, TrainError> {
         let share = Share {
-            index: mesh.rank(),
-            of: mesh.size(),
+            index: mesh.world.rank(),
+            of: mesh.world.size(),
         };
-        all_or_none(mesh, device, Self::open_share(path, share))
+        let manifest = Manifest::read(path)
+            .and_then(|manifest| manifest.verify(path, share).map(|()| manifest));
+        // Nothing is read of a file before all of its pieces have been seen to be sound.
+        let manifest = all_or_none(mesh, device, manifest)?;
+        all_or_none(mesh, device, Self::verified(path, manifest))
     }
 
-    fn open_share(path: &Path, share: Share) -> Result<Self, TrainError> {
-        let manifest = Manifest::read(path)?;
-        manifest.verify(path, share)?;
+    fn verified(path: &Path, manifest: Manifest) -> Result<Self, TrainError> {
         Ok(Self {
             config: Config::load(&path.join("config.toml"), &[])?,
             model: Folder::open_stem(path, "model")?,

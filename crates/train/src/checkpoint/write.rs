@@ -39,7 +39,7 @@ pub(super) fn write(
 ) -> Result<(), TrainError> {
     let plans = Plans::new(path, units)?;
     let device = &units[0].master.device();
-    let first = mesh.rank() == 0;
+    let first = mesh.world.rank() == 0;
 
     // Files of full length, with headers, which the others can open.
     let begun = match first {
@@ -50,7 +50,14 @@ pub(super) fn write(
 
     // Every rank's share of the data.
     let dir = Staging::path_of(path)?;
-    let own = plans.write_share(&dir, units, mesh);
+    let own = match dir.is_dir() {
+        true => plans.write_share(&dir, units, mesh),
+        false => Err(TrainError::checkpoint(
+            path,
+            "the folder that rank 0 has begun is not to be seen here: run.dir must be on a file \
+             system that all ranks share",
+        )),
+    };
     let shares = together(mesh, device, own)?;
 
     // All is written and flushed: the manifest, and the folder's name.
@@ -200,7 +207,7 @@ fn write_buffer(
 ) -> Result<(), TrainError> {
     let layout = &unit.layout;
     let shard = layout.shard_range(mesh.shard.rank());
-    let own = share(shard.clone(), mesh.replicate.rank(), mesh.replicate.size());
+    let own = share(shard.clone(), mesh.replicas.rank(), mesh.replicas.size());
     for begin in own.clone().step_by(AT_ONCE) {
         let flat = begin..own.end.min(begin + AT_ONCE);
         let here = flat.start - shard.start..flat.end - shard.start;
