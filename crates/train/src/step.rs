@@ -281,6 +281,16 @@ impl Model {
     }
 }
 
+/// How often [`Model::accumulate`] gathers the parameters of a unit, and returns gradients of them.
+pub fn gathers(config: &ModelConfig, unit: Unit, activations: Activations) -> (u64, u64) {
+    match (unit, activations) {
+        (Unit::Block(_), Activations::Recompute) => (2, 1),
+        // Once more as the head.
+        (Unit::Embedding, _) if config.tie_word_embeddings => (2, 2),
+        _ => (1, 1),
+    }
+}
+
 /// `value` as the leaf of a new graph.
 fn leaf(value: Tensor<3>) -> Tensor<3> {
     value.inner().autodiff().require_grad()

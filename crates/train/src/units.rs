@@ -92,6 +92,16 @@ impl FlatLayout {
         Ok(shard)
     }
 
+    /// Elements of one rank's shard, padding included.
+    pub fn shard_len(&self) -> usize {
+        self.shard_len
+    }
+
+    /// What [`UnitState::params`] gathers from every shard: elements and their precision.
+    pub fn gathers(&self, _compute: DType) -> impl Iterator<Item = (usize, DType)> {
+        [(self.shard_len, DType::F32)].into_iter()
+    }
+
     /// The part of rank `rank`'s shard that decays, in shard coordinates.
     pub fn decayed(&self, rank: usize) -> Range<usize> {
         let decaying = self.specs.iter().filter(|spec| spec.decays()).count();

@@ -9,6 +9,7 @@ use burn::tensor::{DType, Device};
 
 use common::{LAYOUTS, layout, on_ranks};
 use ttt_data::Row;
+use ttt_kernels::ContextSettings;
 use ttt_kernels::testing::{relative_error_of, values as elements};
 use ttt_model::{ModelConfig, Unit};
 use ttt_parallel::Mesh;
@@ -279,7 +280,7 @@ fn train(
     let own = &rows[mesh.data_rank() * share..(mesh.data_rank() + 1) * share];
     for step in steps {
         for row in own {
-            let micro = MicroBatch::new(std::slice::from_ref(row), &device).expect("a batch");
+            let micro = MicroBatch::new(std::slice::from_ref(row), mesh, &device).expect("a batch");
             let pass = model.accumulate(&micro, 0.01, Activations::Keep, mesh);
             pass.expect("all ranks");
         }
@@ -306,6 +307,7 @@ fn model(config: &Config, units: Vec<UnitState>) -> Model {
         compute: DType::F32,
         device: Device::flex(),
         rope: RopeCache::default(),
+        context: ContextSettings::default(),
     }
 }
 
@@ -348,6 +350,8 @@ fn a_run_goes_on_on_another_layout() {
         ([1, 2, 1], [2, 1, 1]),
         ([2, 1, 1], [2, 2, 1]),
         ([2, 2, 1], [1, 2, 1]),
+        ([1, 2, 2], [1, 2, 1]),
+        ([1, 1, 1], [2, 1, 2]),
     ] {
         for state in whole(first, Some(then)) {
             let error = relative_error_of(&state, &single);

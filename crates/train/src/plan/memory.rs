@@ -1,14 +1,20 @@
 //! How much memory a run holds at its fullest, item by item.
 //!
 //! The weights' share is exact. That of activations counts what the operations of `ttt-kernels`
-//! save for their backward pass; the rest (a block being differentiated, the loss, the update) are
-//! the largest buffers that are alive together. An allocator adds its own slack.
+//! save for their backward pass (`saved.rs`); the rest (a block being differentiated, the loss, the
+//! update) are the largest buffers that are alive together. An allocator adds its own slack.
 
+use ttt_kernels::ContextSettings;
+use ttt_kernels::context::{AttentionExchange, Payload};
+use ttt_kernels::ops::attention::heads_divide;
 use ttt_model::Unit;
 use ttt_model::params::all_params;
+use ttt_parallel::Layout;
 
 use super::precision;
+use super::saved::{keys, per_token};
 use crate::config::{Activations, Config, DeviceKind};
+use crate::units::FlatLayout;
 
 /// Bytes of an f32.
 const F32: f64 = 4.0;
@@ -41,8 +47,9 @@ impl Memory {
         self.items.iter().map(|item| item.bytes).sum()
     }
 
-    pub(super) fn estimate(config: &Config) -> Self {
-        let sizes = Sizes::new(config);
+    /// Of one rank of `layout`: of the last of its context group, which fetches most.
+    pub(super) fn estimate(config: &Config, layout: Layout, context: &ContextSettings) -> Self {
+        let sizes = Sizes::new(config, layout, context);
         let weights = sizes.weights();
         // The pass and the update are never at their fullest together.
         let pass = sizes.pass();
@@ -63,22 +70,20 @@ impl Memory {
 /// The sizes that the estimate is made of: elements, unless a name says bytes.
 struct Sizes<'a> {
     config: &'a Config,
+    layout: Layout,
+    context: &'a ContextSettings,
     /// Bytes of an activation.
     compute_bytes: f64,
-    /// Tokens that go through the model at once, B·N.
+    /// Tokens that go through the model at once on one rank, B·N.
     tokens: f64,
-    parameters: f64,
-    /// Of the largest unit.
-    largest_unit: f64,
-    /// Of the largest block.
-    largest_block: f64,
+    /// Of one shard of all units, padding included.
+    shard: f64,
+    /// The units' parameters, in order.
+    units: Vec<f64>,
     /// D, F, V.
     hidden: f64,
     intermediate: f64,
     vocab: f64,
-    /// H·E and G·E.
-    queries: f64,
-    keys: f64,
 }
 
 fn item(name: impl Into<String>, bytes: f64) -> MemoryItem {
@@ -89,27 +94,38 @@ fn item(name: impl Into<String>, bytes: f64) -> MemoryItem {
 }
 
 impl<'a> Sizes<'a> {
-    fn new(config: &'a Config) -> Self {
+    fn new(config: &'a Config, layout: Layout, context: &'a ContextSettings) -> Self {
         let model = &config.model;
-        let unit_len = |unit: Unit| {
-            let params = unit.params(model);
-            params.iter().map(|param| param.len()).sum::<usize>() as f64
-        };
-        let units = Unit::all(model);
-        let blocks = units.iter().filter(|unit| matches!(unit, Unit::Block(_)));
+        let train = &config.train;
+        let flat = |unit: &Unit| FlatLayout::new(model, *unit, layout.shard);
+        let units: Vec<FlatLayout> = Unit::all(model).iter().map(flat).collect();
+        let part = train.sequence_length / layout.context;
         Self {
             config,
+            layout,
+            context,
             compute_bytes: precision(config).bytes() as f64,
-            tokens: (config.train.micro_batch_rows * config.train.sequence_length) as f64,
-            parameters: units.iter().map(|unit| unit_len(*unit)).sum(),
-            largest_unit: units.iter().map(|unit| unit_len(*unit)).fold(0.0, f64::max),
-            largest_block: blocks.map(|unit| unit_len(*unit)).fold(0.0, f64::max),
+            tokens: (train.micro_batch_rows * part) as f64,
+            shard: units.iter().map(|unit| unit.shard_len() as f64).sum(),
+            units: units.iter().map(|unit| unit.len() as f64).collect(),
             hidden: model.hidden_size as f64,
             intermediate: model.intermediate_size as f64,
             vocab: model.vocab_size as f64,
-            queries: (model.num_attention_heads * model.head_size()) as f64,
-            keys: (model.kv_heads() * model.head_size()) as f64,
         }
+    }
+
+    fn sharded(&self) -> bool {
+        self.layout.shard > 1
+    }
+
+    fn largest_unit(&self) -> f64 {
+        self.units.iter().copied().fold(0.0, f64::max)
+    }
+
+    /// Of the blocks, which lie between the embedding and the head.
+    fn largest_block(&self) -> f64 {
+        let blocks = &self.units[1..self.units.len() - 1];
+        blocks.iter().copied().fold(0.0, f64::max)
     }
 
     fn on_cpu(&self) -> bool {
@@ -117,16 +133,32 @@ impl<'a> Sizes<'a> {
     }
 
     fn weights(&self) -> Vec<MemoryItem> {
-        let name = match self.compute_bytes == F32 {
-            true => "weights as computed with, f32",
-            false => "weights as computed with, bf16",
+        let name = match (self.compute_bytes == F32, self.sharded()) {
+            (true, false) => "weights as computed with, f32",
+            (false, false) => "weights as computed with, bf16",
+            (true, true) => "gathered weights, f32",
+            (false, true) => "gathered weights, bf16",
         };
         vec![
-            item("master weights, f32", F32 * self.parameters),
-            item("AdamW moments, 2 x f32", 2.0 * F32 * self.parameters),
-            item("gradients, f32", F32 * self.parameters),
-            item(name, self.compute_weights_bytes()),
+            item("master weights, f32", F32 * self.shard),
+            item("AdamW moments, 2 x f32", 2.0 * F32 * self.shard),
+            item("gradients, f32", F32 * self.shard),
+            item(name, self.gathered_bytes()),
         ]
+    }
+
+    /// The weights that are whole at a time.
+    fn gathered_bytes(&self) -> f64 {
+        match (self.sharded(), self.config.train.activations) {
+            // What waits for its backward pass holds the weights that it was computed with.
+            (false, _) | (true, Activations::Keep) => self.compute_weights_bytes(),
+            // The unit that runs and the one that is on its way.
+            (true, Activations::Recompute) => {
+                let pairs = self.units.windows(2).map(|pair| pair[0] + pair[1]);
+                let share = pairs.fold(0.0, f64::max) / self.units.iter().sum::<f64>();
+                share * self.compute_weights_bytes()
+            }
+        }
     }
 
     /// The copy of the weights in compute precision; on the CPU f32 weights are views, not copies.
@@ -138,7 +170,7 @@ impl<'a> Sizes<'a> {
             } else {
                 self.compute_bytes
             };
-            match self.on_cpu() && bytes == F32 {
+            match self.on_cpu() && bytes == F32 && !self.sharded() {
                 true => 0.0,
                 false => bytes * param.len() as f64,
             }
@@ -148,23 +180,24 @@ impl<'a> Sizes<'a> {
 
     /// What one block saves for its backward pass.
     fn saved_by_block_bytes(&self, layer: usize) -> f64 {
+        let shared = self.layout.context > 1;
+        let per_token = per_token(self.config, layer, shared).map(|(_, bytes)| bytes);
+        let own = self.tokens * per_token.sum::<usize>() as f64;
         let model = &self.config.model;
-        let (d, f, q, k) = (self.hidden, self.intermediate, self.queries, self.keys);
-        // rms_norm: its input; the projections: its output. Twice, for attention and MLP.
-        let mut elements = 4.0 * d;
-        // attention: q, k, v and its output, which is the output projection's input too.
-        elements += 2.0 * q + 2.0 * k;
-        if model.qk_norm() {
-            elements += q + k; // queries and keys before their norms
-        }
-        // swiglu: gate and up; the down projection: Z.
-        elements += 3.0 * f;
-        if model.is_ttt_layer(layer) {
-            // fast_weight_scan: V; the projection: the mixed targets. Their source is saved already.
-            elements += d * (1.0 + f64::from(u8::from(model.ttt.projection)));
-        }
-        let log_sum_exp = F32 * model.num_attention_heads as f64;
-        self.tokens * (elements * self.compute_bytes + log_sum_exp)
+        let part = self.config.train.sequence_length / self.layout.context;
+        let others = part * (self.layout.context - 1);
+        let heads = match self.context.attention {
+            AttentionExchange::Keys => false,
+            AttentionExchange::Heads => true,
+            AttentionExchange::Auto => heads_divide(model.kv_heads(), self.layout.context),
+        };
+        let fetched = match model.window(layer) {
+            Some(window) => others.min(window - 1),
+            None if heads => 0,
+            None => others,
+        };
+        let rows = self.config.train.micro_batch_rows;
+        own + self.compute_bytes * (rows * fetched * 2 * keys(model)) as f64
     }
 
     /// Forward and backward of one micro-batch, at the end of the forward pass.
@@ -193,6 +226,7 @@ impl<'a> Sizes<'a> {
         vec![
             item(format!("activations, {mode}"), kept + ends),
             item("TTT states, f32", self.ttt_state_bytes()),
+            item("TTT states on their way", self.travelling_state_bytes()),
             item(name, working),
         ]
     }
@@ -210,6 +244,25 @@ impl<'a> Sizes<'a> {
             Activations::Recompute => rows,
         };
         (kept + 5.0) * F32 * self.hidden * self.intermediate
+    }
+
+    /// Sums of updates as a rank sends them, and as it receives and adds them.
+    fn travelling_state_bytes(&self) -> f64 {
+        let learns = !self.config.model.ttt_layers().is_empty();
+        if self.layout.context == 1 || !learns {
+            return 0.0;
+        }
+        let payload = match self.context.payload {
+            Payload::F32 => F32,
+            Payload::Bf16 => 2.0,
+        };
+        let rows = self.config.train.micro_batch_rows as f64;
+        (2.0 * F32 + 2.0 * payload) * rows * self.hidden * self.intermediate
+    }
+
+    fn micro_batches(&self) -> usize {
+        let rows = self.config.train.batch_rows() / (self.layout.replicate * self.layout.shard);
+        rows.div_ceil(self.config.train.micro_batch_rows)
     }
 
     /// A slice of logits with its softmax and gradient, the head's input and its gradient, and the
@@ -230,12 +283,17 @@ impl<'a> Sizes<'a> {
         let activations =
             self.tokens * (self.intermediate * mlp + 2.0 * self.hidden * self.compute_bytes);
         // Parts, and the same joined; once more where there is a sum to add them to.
-        let accumulates = f64::from(u8::from(self.config.train.micro_batches() > 1));
-        let gradients = (1.0 + accumulates) * F32 * self.largest_block;
+        let accumulates = f64::from(u8::from(self.micro_batches() > 1));
+        // Where it is sharded, that of the block before is on its way.
+        let gradients = match self.sharded() {
+            true => 3.0 * F32 * self.largest_block(),
+            false => (1.0 + accumulates) * F32 * self.largest_block(),
+        };
         activations.max(self.attention_tile_bytes()) + gradients
     }
 
-    /// Scores of a tile of queries on the CPU: weights, scores and their gradients.
+    /// Scores of a tile of queries on the CPU: weights, scores and their gradients. Of several ranks,
+    /// the last sees the most keys.
     fn attention_tile_bytes(&self) -> f64 {
         if !self.on_cpu() {
             return 0.0;
@@ -257,7 +315,7 @@ impl<'a> Sizes<'a> {
     /// intermediate terms of the formula.
     fn update(&self) -> Vec<MemoryItem> {
         let buffers = if self.on_cpu() { 8.0 } else { 3.0 };
-        let bytes = buffers * F32 * self.largest_unit;
+        let bytes = buffers * F32 * self.largest_unit() / self.layout.shard as f64;
         vec![item("update of the largest unit", bytes)]
     }
 }
