@@ -1,8 +1,9 @@
 //! Which layout so many GPUs should have.
 //!
 //! Every layout, both activation modes and every number of rows at once are planned; of those that
-//! fit, the one with the shortest estimated step is taken. The estimate only ranks: its constants
-//! are round numbers of the machines that one trains on, and are told with the choice.
+//! fit, the one with the shortest estimated step is taken, and of those that are about as fast the one
+//! that spreads the least. The estimate only ranks: its constants are round numbers of the machines
+//! that one trains on, and are told with the choice.
 
 use std::fmt;
 
@@ -32,6 +33,9 @@ const HALF_SPEED_TOKENS: f64 = 512.0;
 
 /// Share of a pass behind which the exchanges of parameters hide.
 const OVERLAP: f64 = 0.8;
+
+/// Steps that differ by less than this factor are taken for equally fast.
+const ALIKE: f64 = 1.03;
 
 /// What a GPU's memory holds beside what is planned: the driver, libraries, and an allocator's slack.
 const RESERVED_BYTES: f64 = 1.5 * (1u64 << 30) as f64;
@@ -202,12 +206,20 @@ impl Search<'_> {
 
     fn best(&self) -> Result<Proposal, PlanError> {
         let all = self.all(self.gpus.count)?;
-        let fitting = all.iter().filter(|candidate| self.fits(candidate));
-        let fastest = fitting.min_by(|a, b| a.step_s.total_cmp(&b.step_s));
-        match fastest {
-            Some(fastest) => {
-                let reasons = self.reasons(fastest);
-                Ok(self.proposal(fastest.clone(), reasons))
+        let fitting = || all.iter().filter(|candidate| self.fits(candidate));
+        let fastest = fitting().map(|candidate| candidate.step_s).reduce(f64::min);
+        let chosen = fitting()
+            .filter(|candidate| fastest.is_some_and(|least| candidate.step_s <= least * ALIKE))
+            .min_by(|a, b| {
+                let simple = |c: &Candidate| (c.layout.shard, c.layout.context);
+                simple(a)
+                    .cmp(&simple(b))
+                    .then(a.step_s.total_cmp(&b.step_s))
+            });
+        match chosen {
+            Some(chosen) => {
+                let reasons = self.reasons(chosen);
+                Ok(self.proposal(chosen.clone(), reasons))
             }
             None => Err(self.fits_nothing(smallest(all))),
         }

@@ -97,3 +97,48 @@ pub(super) fn per_token(
         (line.what, size * (line.width)(model))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(sets: &[&str], layer: usize) -> usize {
+        let text = "run.dir = \"run\"\ndata.path = \"data\"\n\
+             train = { steps = 1, sequence_length = 64, batch_tokens = 64 }\n\
+             optimizer.lr = 1.0\n\
+             [model]\nmodel_type = \"qwen3\"\nvocab_size = 256\nhidden_size = 64\n\
+             intermediate_size = 128\nnum_hidden_layers = 2\nnum_attention_heads = 4\n\
+             num_key_value_heads = 2\nhead_dim = 16\n\
+             [model.ttt]\nenabled = true\nlayers = [1]\nchunk = 16\n";
+        let sets: Vec<String> = sets.iter().map(ToString::to_string).collect();
+        let config = Config::parse(text, "test".as_ref(), &sets).expect("a configuration");
+        per_token(&config, layer, false)
+            .map(|(_, bytes)| bytes)
+            .sum()
+    }
+
+    /// D 64, F 128, H E 64, G E 32, H 4, added up by hand.
+    #[test]
+    fn bytes_of_a_token() {
+        let fused = ["run.device=cuda"];
+        // x, q k v, these before their norms, output, x, gate and up; log-sum-exp.
+        let plain = 2 * (64 + 128 + 128 + 64 + 64 + 256) + 4 * 4;
+        assert_eq!(bytes(&fused, 0), plain);
+        // Z, V, and what V is projected from.
+        assert_eq!(bytes(&fused, 1), plain + 2 * (128 + 64 + 64));
+        let unprojected = ["run.device=cuda", "model.ttt.projection=false"];
+        assert_eq!(bytes(&unprojected, 1), plain + 2 * (128 + 64));
+        // Targets from the MLP's input: its norm is kept.
+        let hidden = ["run.device=cuda", "model.ttt.target=hidden"];
+        assert_eq!(bytes(&hidden, 1), plain + 2 * (128 + 64 + 64 + 64));
+
+        // x, its norm, q k v, q k before their norms, output, x, its norm, gate and up, Z.
+        let reference = 64 + 64 + 128 + 96 + 64 + 64 + 64 + 256 + 128;
+        assert_eq!(bytes(&[], 0), 4 * reference + 4 * 4);
+        assert_eq!(bytes(&[], 1), 4 * (reference + 64 + 64) + 4 * 4);
+        let wide = ["run.device=cuda", "train.compute=f32"];
+        assert_eq!(bytes(&wide, 0), bytes(&[], 0));
+        let llama = ["model.model_type=llama"];
+        assert_eq!(bytes(&llama, 0), 4 * (reference - 96) + 4 * 4);
+    }
+}
