@@ -11,6 +11,7 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod evaluate;
+pub mod flat;
 pub mod generate;
 pub mod human;
 pub mod init;

@@ -274,7 +274,14 @@ fn train(
 ) -> f32 {
     let device = Device::flex();
     let policy = ttt_train::config::OnBadGradient::Skip;
-    let mut updater = Updater::new(&config.optimizer, policy, None, mean_norm, &device);
+    let mut updater = Updater::new(
+        &config.optimizer,
+        policy,
+        None,
+        DType::F32,
+        mean_norm,
+        &device,
+    );
     let rows: Vec<Row> = (0..4).map(row).collect();
     let share = rows.len() / mesh.data_size();
     let own = &rows[mesh.data_rank() * share..(mesh.data_rank() + 1) * share];
@@ -368,7 +375,7 @@ fn gathered(units: &[UnitState], mesh: &Mesh) -> Vec<f64> {
     for unit in units {
         for shard in [&unit.master, &unit.moments.first, &unit.moments.second] {
             let full = mesh.shard.all_gather(shard.clone()).expect("all ranks");
-            values.extend(elements(&full.narrow(0, 0, unit.layout.len())));
+            values.extend(unit.layout.whole(&elements(&full)));
         }
     }
     values

@@ -74,7 +74,7 @@ fn step(config: &Config, context: ContextSettings, mesh: &Mesh) {
         context,
     };
     let skip = OnBadGradient::Skip;
-    let mut updater = Updater::new(&config.optimizer, skip, None, 0.0, &device);
+    let mut updater = Updater::new(&config.optimizer, skip, None, DType::F32, 0.0, &device);
     let row = Row {
         input_ids: (0..48).map(|i| i % 67).collect(),
         labels: (1..49).map(|i| i % 67).collect(),

@@ -1,8 +1,8 @@
 //! Writing a checkpoint, all ranks at once.
 //!
-//! A rank's shard of a unit is a range of its parameters laid end to end, and so are the files: a
-//! shard is one range of bytes of each. Ranks that hold the same shard (replicas, and the ranks of
-//! one context group) divide that range among them.
+//! A rank's shard of a unit is a range of its parameters laid end to end, or two (`flat.rs`), and so
+//! are the files: each is one range of bytes. Ranks that hold the same shard (replicas, and the ranks
+//! of one context group) divide it among them.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -206,18 +206,19 @@ fn write_buffer(
     mesh: &Mesh,
 ) -> Result<(), TrainError> {
     let layout = &unit.layout;
-    let shard = layout.shard_range(mesh.shard.rank());
-    let own = share(shard.clone(), mesh.replicas.rank(), mesh.replicas.size());
+    let pieces = layout.pieces(mesh.shard.rank());
+    let (replica, replicas) = (mesh.replicas.rank(), mesh.replicas.size());
+    let own = share(0..layout.shard_len(), replica, replicas);
     for begin in own.clone().step_by(AT_ONCE) {
-        let flat = begin..own.end.min(begin + AT_ONCE);
-        let here = flat.start - shard.start..flat.end - shard.start;
-        let values = read_f32(&buffer.clone().slice([here]))?;
-        let mut rest = values.as_slice();
-        for (i, part) in layout.cut(flat) {
-            let values;
-            (values, rest) = rest.split_at(part.len());
-            let name = format!("{}{kind}", layout.specs[i].name);
-            writer.write_f32(&name, part.start, values)?;
+        let here = begin..own.end.min(begin + AT_ONCE);
+        let values = read_f32(&buffer.clone().slice([here.clone()]))?;
+        for piece in &pieces {
+            let (from, to) = (piece.at.max(here.start), piece.end().min(here.end));
+            if from < to {
+                let name = format!("{}{kind}", layout.specs[piece.param].name);
+                let first = piece.elements.start + from - piece.at;
+                writer.write_f32(&name, first, &values[from - here.start..to - here.start])?;
+            }
         }
     }
     Ok(())

@@ -164,7 +164,7 @@ impl<'a> Step<'a> {
             gather += self.micro_batches * times * there;
             gathered += self.micro_batches * times * parts;
             scatter += self.micro_batches * returns * back;
-            scattered += self.micro_batches * returns;
+            scattered += self.micro_batches * returns * parts;
             sum += among_replicas;
             summed += 1;
             if matches!(unit, Unit::Block(_)) {
