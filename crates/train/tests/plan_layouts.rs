@@ -14,6 +14,7 @@ use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
 use ttt_model::Unit;
 use ttt_parallel::{Mesh, ProcessGroup};
 use ttt_train::config::{Config, OnBadGradient};
+use ttt_train::device::compute_dtype;
 use ttt_train::init::initial_values;
 use ttt_train::optimizer::{Updater, scalar};
 use ttt_train::plan::{Among, Gpus, Plan, PlanError, Traffic, propose};
@@ -50,6 +51,7 @@ impl Counts {
                 count.fetch_add(bytes, Ordering::Relaxed);
                 Ok(())
             }),
+            waited: None,
         })
     }
 
@@ -68,7 +70,7 @@ fn step(config: &Config, context: ContextSettings, mesh: &Mesh) {
     let mut model = Model {
         config: config.model.clone(),
         units: Unit::all(&config.model).into_iter().map(unit).collect(),
-        compute: DType::F32,
+        compute: compute_dtype(config.run.device, config.train.compute),
         device: device.clone(),
         rope: RopeCache::default(),
         context,
@@ -99,7 +101,7 @@ fn step(config: &Config, context: ContextSettings, mesh: &Mesh) {
 #[test]
 fn ranks_send_what_the_plan_says() {
     let window = "model.sliding_window=20";
-    let cases: [(&[&str], ContextSettings); 6] = [
+    let cases: [(&[&str], ContextSettings); 7] = [
         (&[window], ContextSettings::default()),
         (
             &[
@@ -133,6 +135,7 @@ fn ranks_send_what_the_plan_says() {
         ),
         (&["model.sliding_window=5"], ContextSettings::default()),
         (&["model.ttt.enabled=false"], ContextSettings::default()),
+        (&[window, "train.compute=bf16"], ContextSettings::default()),
     ];
     for (sets, context) in cases {
         let config = tiny(sets);

@@ -56,6 +56,7 @@ pub fn on_ranks_losing<T: Send>(
                 }
                 Ok(())
             }),
+            waited: None,
         };
         work(Mesh {
             world: Arc::new(watched),
@@ -71,6 +72,8 @@ type Before = dyn Fn(&'static str, u64) -> Result<(), CommError> + Send + Sync;
 pub struct Watched {
     pub inner: Arc<dyn ProcessGroup>,
     pub before: Box<Before>,
+    /// Told when what was begun is waited for.
+    pub waited: Option<Arc<dyn Fn(&'static str) + Send + Sync>>,
 }
 
 impl std::fmt::Debug for Watched {
@@ -88,6 +91,16 @@ impl Watched {
     fn others(&self, tensor: &Tensor<1>) -> u64 {
         let size = self.size() as u64;
         bytes(tensor) * (size - 1) / size
+    }
+
+    fn told(&self, operation: &'static str, pending: Pending) -> Pending {
+        match self.waited.clone() {
+            None => pending,
+            Some(waited) => Pending::new(move || {
+                waited(operation);
+                pending.wait()
+            }),
+        }
     }
 
     fn gathered(&self, shard: &Tensor<1>) -> u64 {
@@ -150,16 +163,19 @@ impl ProcessGroup for Watched {
 
     fn start_all_gather(&self, shard: Tensor<1>) -> Result<Pending, CommError> {
         (self.before)("all_gather", self.gathered(&shard))?;
-        self.inner.start_all_gather(shard)
+        let pending = self.inner.start_all_gather(shard)?;
+        Ok(self.told("all_gather", pending))
     }
 
     fn start_reduce_scatter_sum(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
         (self.before)("reduce_scatter", self.others(&tensor))?;
-        self.inner.start_reduce_scatter_sum(tensor)
+        let pending = self.inner.start_reduce_scatter_sum(tensor)?;
+        Ok(self.told("reduce_scatter", pending))
     }
 
     fn start_all_to_all(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
         (self.before)("all_to_all", self.others(&tensor))?;
-        self.inner.start_all_to_all(tensor)
+        let pending = self.inner.start_all_to_all(tensor)?;
+        Ok(self.told("all_to_all", pending))
     }
 }
