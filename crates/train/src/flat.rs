@@ -140,8 +140,8 @@ impl FlatLayout {
     /// The part of rank `rank`'s shard that decays, in shard coordinates.
     pub fn decayed(&self, rank: usize) -> Range<usize> {
         let pieces = self.pieces(rank).into_iter();
-        let decaying = pieces.filter(|piece| self.specs[piece.param].decays());
-        0..decaying.last().map_or(0, |piece| piece.end())
+        let mut decaying = pieces.filter(|piece| self.specs[piece.param].decays());
+        0..decaying.next_back().map_or(0, |piece| piece.end())
     }
 
     /// Rank `rank`'s shard cut into stretches of one learning rate: `scale` of each parameter's

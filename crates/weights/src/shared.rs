@@ -5,6 +5,7 @@
 //! can see them, each writes and flushes its part.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
@@ -196,12 +197,13 @@ impl<'a> SharedWriter<'a> {
     /// Opens file `file`, if it is not, and goes to byte `at`.
     fn seek(&mut self, file: usize, at: u64) -> Result<(), WeightsError> {
         let path = self.path(file);
-        if !self.files.contains_key(&file) {
-            let opened = OpenOptions::new().write(true).open(&path);
-            let opened = opened.map_err(WeightsError::io(&path, "open the file"))?;
-            self.files.insert(file, opened);
-        }
-        let output = self.files.get_mut(&file).expect("just opened");
+        let output = match self.files.entry(file) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(place) => {
+                let opened = OpenOptions::new().write(true).open(&path);
+                place.insert(opened.map_err(WeightsError::io(&path, "open the file"))?)
+            }
+        };
         let sought = output.seek(SeekFrom::Start(at));
         sought.map(drop).map_err(WeightsError::io(&path, "write"))
     }
