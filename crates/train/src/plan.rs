@@ -5,8 +5,10 @@
 //! others. [`propose`] finds the layout for so many.
 
 mod memory;
+mod proposal;
 mod propose;
 mod saved;
+mod speed;
 mod table;
 mod traffic;
 
@@ -17,7 +19,8 @@ use ttt_model::params::all_params;
 use ttt_parallel::Layout;
 
 pub use memory::{Memory, MemoryItem};
-pub use propose::{Gpus, PlanError, Proposal, propose};
+pub use proposal::{PlanError, Proposal};
+pub use propose::{Gpus, propose};
 pub use traffic::{Among, Traffic, TrafficItem};
 
 use crate::config::{Config, Precision};

@@ -19,8 +19,13 @@ use crate::units::FlatLayout;
 /// Bytes of an f32.
 const F32: f64 = 4.0;
 
-/// Logits that the loss holds at a time: the slice of `ttt_kernels::linear_cross_entropy`.
+/// Logits that the loss holds at a time: the slice of `ttt_kernels::linear_cross_entropy`, and of its
+/// fused form.
 const LOGITS_SLICE: f64 = (1u64 << 25) as f64;
+const FUSED_LOGITS_SLICE: f64 = (1u64 << 27) as f64;
+
+/// Bytes of the weights that the fused scan of a TTT layer makes at a time, at least one.
+const WEIGHTS_SLAB: f64 = (128u64 << 20) as f64;
 
 /// Queries of a tile of the CPU's attention.
 const ATTENTION_TILE: usize = 256;
@@ -128,6 +133,11 @@ impl<'a> Sizes<'a> {
         blocks.iter().copied().fold(0.0, f64::max)
     }
 
+    /// Whether the operations that have a fused form run in it.
+    fn fused(&self) -> bool {
+        !self.on_cpu() && self.compute_bytes != F32
+    }
+
     fn on_cpu(&self) -> bool {
         self.config.run.device == DeviceKind::Cpu
     }
@@ -232,7 +242,7 @@ impl<'a> Sizes<'a> {
     }
 
     /// The states kept for the backward pass, and the buffers of the layer that runs: S, G, one
-    /// chunk's update to each, and the weight W_0 + η S.
+    /// chunk's update to each, and the weight W_0 + η S; or what the fused scan has of them.
     fn ttt_state_bytes(&self) -> f64 {
         let layers = self.config.model.ttt_layers().len() as f64;
         if layers == 0.0 {
@@ -243,7 +253,18 @@ impl<'a> Sizes<'a> {
             Activations::Keep => layers * rows,
             Activations::Recompute => rows,
         };
-        (kept + 5.0) * F32 * self.hidden * self.intermediate
+        let elements = self.hidden * self.intermediate;
+        let working = match self.fused() {
+            // S and G; of a group of chunks the weights and the updates, bf16.
+            true => {
+                let chunks = self.config.train.sequence_length / self.layout.context;
+                let chunks = chunks.div_ceil(self.config.model.ttt.chunk).min(32) as f64;
+                let at_once = (WEIGHTS_SLAB / (2.0 * elements)).floor().clamp(1.0, chunks);
+                2.0 * F32 * elements + 2.0 * at_once * 2.0 * elements
+            }
+            false => 5.0 * F32 * elements,
+        };
+        kept * F32 * elements + working
     }
 
     /// Sums of updates as a rank sends them, and as it receives and adds them.
@@ -265,30 +286,37 @@ impl<'a> Sizes<'a> {
         rows.div_ceil(self.config.train.micro_batch_rows)
     }
 
-    /// A slice of logits with its softmax and gradient, the head's input and its gradient, and the
-    /// gradient of the matrix: the sum, the newest slice's part, and the copy handed on.
+    /// A slice of logits, the head's input and its gradient, and the gradient of the matrix, once as
+    /// it is formed and once as it is handed on. The reference form also has the softmax, and the
+    /// newest slice's part of the gradient.
     fn loss_bytes(&self) -> f64 {
-        let slice = LOGITS_SLICE.min(self.tokens * self.vocab);
+        let logits = self.tokens * self.vocab;
         let hidden = 3.0 * self.tokens * self.hidden * self.compute_bytes;
-        5.0 * F32 * slice + hidden + 3.0 * F32 * self.vocab * self.hidden
+        let matrix = F32 * self.vocab * self.hidden;
+        match self.fused() {
+            true => 2.0 * FUSED_LOGITS_SLICE.min(logits) + hidden + 2.0 * matrix,
+            false => 5.0 * F32 * LOGITS_SLICE.min(logits) + hidden + 3.0 * matrix,
+        }
     }
 
     /// Gradients of activations and weights that are alive together in the MLP of one block.
     fn block_backward_bytes(&self) -> f64 {
-        // Fused: dZ, dgate, dup. The CPU's reference form also holds sigmoid, silu and slope.
-        let mlp = match self.on_cpu() {
-            true => 6.0 * F32,
-            false => 3.0 * self.compute_bytes,
+        // Z, dgate, dup, dx, and around the norm dy, dn, n. The CPU's reference form also holds sigmoid,
+        // silu and slope.
+        let (inner, outer) = match self.on_cpu() {
+            true => (6.0, 2.0),
+            false => (3.0, 4.0),
         };
-        let activations =
-            self.tokens * (self.intermediate * mlp + 2.0 * self.hidden * self.compute_bytes);
-        // Parts, and the same joined; once more where there is a sum to add them to.
-        let accumulates = f64::from(u8::from(self.micro_batches() > 1));
-        // Where it is sharded, that of the block before is on its way.
-        let gradients = match self.sharded() {
-            true => 3.0 * F32 * self.largest_block(),
-            false => (1.0 + accumulates) * F32 * self.largest_block(),
+        let width = inner * self.intermediate + outer * self.hidden;
+        let activations = self.tokens * width * self.compute_bytes;
+        // Parts that are to be added; the first stay where they are, as the gradient. Where it is
+        // sharded: parts, these joined, and the block before on its way.
+        let buffers = match (self.sharded(), self.micro_batches() > 1) {
+            (true, _) => 3.0,
+            (false, true) => 1.0,
+            (false, false) => 0.0,
         };
+        let gradients = buffers * F32 * self.largest_block();
         activations.max(self.attention_tile_bytes()) + gradients
     }
 
@@ -311,10 +339,14 @@ impl<'a> Sizes<'a> {
         4.0 * F32 * (rows * ATTENTION_TILE.min(length) * keys) as f64
     }
 
-    /// The update of the largest unit: fused, its new weights and moments; on the CPU also the
-    /// intermediate terms of the formula.
+    /// The update of the largest unit: on the CPU the terms of the formula; fused, it is made in place,
+    /// unless learning rates differ within a unit.
     fn update(&self) -> Vec<MemoryItem> {
-        let buffers = if self.on_cpu() { 8.0 } else { 3.0 };
+        let buffers = match (self.on_cpu(), self.config.optimizer.overrides.is_empty()) {
+            (true, _) => 8.0,
+            (false, false) => 3.0,
+            (false, true) => 0.0,
+        };
         let bytes = buffers * F32 * self.largest_unit() / self.layout.shard as f64;
         vec![item("update of the largest unit", bytes)]
     }

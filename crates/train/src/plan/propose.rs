@@ -2,37 +2,19 @@
 //!
 //! Every layout, both activation modes and every number of rows at once are planned; of those that
 //! fit, the one with the shortest estimated step is taken, and of those that are about as fast the one
-//! that spreads the least. The estimate only ranks: its constants are round numbers of the machines
-//! that one trains on, and are told with the choice.
+//! that spreads the least.
 
 use std::fmt;
 
 use ttt_kernels::ContextSettings;
 use ttt_parallel::Layout;
 
-use super::{Among, Plan};
+use super::Plan;
+use super::proposal::{PlanError, Proposal};
+use super::speed::seconds;
 use crate::config::{Activations, Config, ConfigError, DeviceKind};
 use crate::context;
 use crate::human::gib;
-
-/// Matrix products that a GPU computes in a second, as models reach it.
-const FLOPS_PER_S: f64 = 450e12;
-
-/// Bytes that a GPU sends in a second to another of its host, and of another host.
-const WITHIN_HOST: f64 = 200e9;
-const BETWEEN_HOSTS: f64 = 25e9;
-
-/// GPUs of a host.
-const HOST: usize = 8;
-
-/// How long an exchange takes that moves nothing, where nothing hides it.
-const LATENCY_S: f64 = 20e-6;
-
-/// Tokens at once with which products reach half of their speed.
-const HALF_SPEED_TOKENS: f64 = 512.0;
-
-/// Share of a pass behind which the exchanges of parameters hide.
-const OVERLAP: f64 = 0.8;
 
 /// Steps that differ by less than this factor are taken for equally fast.
 const ALIKE: f64 = 1.03;
@@ -52,68 +34,9 @@ pub struct Gpus {
 
 impl Gpus {
     /// What of a GPU's memory the plan may take.
-    fn usable_bytes(&self) -> f64 {
+    pub(super) fn usable_bytes(&self) -> f64 {
         self.memory_bytes * (1.0 - RESERVED_SHARE) - RESERVED_BYTES
     }
-}
-
-/// A layout that fits, and why it was taken.
-#[derive(Clone, Debug)]
-pub struct Proposal {
-    /// The configuration with what the proposal sets.
-    pub config: Config,
-    /// Its plan.
-    pub plan: Plan,
-    /// Estimated seconds of a step; they rank layouts and promise nothing.
-    pub step_s: f64,
-    /// What else was looked at, in sentences.
-    pub reasons: Vec<String>,
-    /// The GPUs it was made for.
-    pub gpus: Gpus,
-}
-
-/// Why there is no layout.
-#[derive(Debug, thiserror::Error)]
-pub enum PlanError {
-    /// A setting of the configuration stands against it.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// No layout divides the rows, or the row, among the GPUs.
-    #[error(
-        "no layout of {gpus} GPUs divides a step of {rows} rows (train.batch_tokens / train.sequence_length) \
-         of {length} tokens{chunks}: {why}; change train.batch_tokens, or take a number of GPUs that divides the rows"
-    )]
-    Rows {
-        /// GPUs.
-        gpus: usize,
-        /// Rows of a step.
-        rows: usize,
-        /// Tokens of a row.
-        length: usize,
-        /// The chunk, where there are TTT layers.
-        chunks: String,
-        /// What the last layout that was tried lacks.
-        why: String,
-    },
-    /// None fits.
-    #[error(
-        "no layout of {gpus} GPUs fits into {:.1} GiB each ({:.1} of them usable): {least} needs the least, {:.1} GiB; {more}",
-        gib(*memory_bytes), gib(*usable_bytes), gib(*needed_bytes)
-    )]
-    Memory {
-        /// GPUs.
-        gpus: usize,
-        /// Memory of one.
-        memory_bytes: f64,
-        /// What the plan may take of it.
-        usable_bytes: f64,
-        /// What the smallest layout takes.
-        needed_bytes: f64,
-        /// That layout.
-        least: String,
-        /// What would do.
-        more: String,
-    },
 }
 
 /// One way to lay out a run.
@@ -414,75 +337,7 @@ fn smallest(all: Vec<Candidate>) -> Candidate {
     least.expect("there are candidates")
 }
 
-/// Estimated seconds of a step.
-fn seconds(config: &Config, plan: &Plan) -> f64 {
-    let layout = plan.layout;
-    let train = &config.train;
-    let again = match train.activations {
-        Activations::Keep => 1.0,
-        Activations::Recompute => 4.0 / 3.0,
-    };
-    let at_once = (train.micro_batch_rows * train.sequence_length / layout.context) as f64;
-    let speed = FLOPS_PER_S * at_once / (at_once + HALF_SPEED_TOKENS);
-    let flops = plan.flops.training_with_ttt() * plan.tokens_per_step as f64;
-    let compute = again * flops / layout.ranks() as f64 / speed;
-    // A group lies on one host if all between its first and last rank do.
-    let per_s = |span: usize| match span <= HOST {
-        true => WITHIN_HOST,
-        false => BETWEEN_HOSTS,
-    };
-    let time = |among: Among, span: usize| plan.traffic.bytes_among(among) as f64 / per_s(span);
-    let shard = time(Among::Shard, layout.shard * layout.context);
-    let exposed = (shard - OVERLAP * compute).max(0.0);
-    let context = time(Among::Context, layout.context);
-    let replicas = time(Among::Replicas, layout.ranks());
-    let exchanges: u64 = plan.traffic.items.iter().map(|item| item.exchanges).sum();
-    compute + exposed + context + replicas + LATENCY_S * exchanges as f64
-}
-
 fn divisors(n: usize) -> impl DoubleEndedIterator<Item = usize> {
     let all: Vec<usize> = (1..=n).filter(|d| n.is_multiple_of(*d)).collect();
     all.into_iter()
-}
-
-impl fmt::Display for Proposal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Layout {
-            replicate,
-            shard,
-            context,
-        } = self.plan.layout;
-        let train = &self.config.train;
-        let activations = match train.activations {
-            Activations::Keep => "keep",
-            Activations::Recompute => "recompute",
-        };
-        writeln!(f, "{}\n", self.plan)?;
-        writeln!(
-            f,
-            "for {} GPUs of {:.1} GiB, {:.1} of them usable:\n",
-            self.gpus.count,
-            gib(self.gpus.memory_bytes),
-            gib(self.gpus.usable_bytes())
-        )?;
-        writeln!(f, "  [parallel]")?;
-        writeln!(f, "  replicate = {replicate}")?;
-        writeln!(f, "  shard = {shard}")?;
-        writeln!(f, "  context = {context}")?;
-        writeln!(f, "  [train]")?;
-        writeln!(f, "  activations = \"{activations}\"")?;
-        writeln!(f, "  micro_batch_rows = {}\n", train.micro_batch_rows)?;
-        writeln!(f, "why:")?;
-        for reason in &self.reasons {
-            writeln!(f, "  {reason}")?;
-        }
-        write!(
-            f,
-            "  layouts are ranked by an estimate from {:.0} TFLOP/s per GPU, {:.0} GB/s within a host of {HOST} \
-             and {:.0} GB/s between hosts",
-            FLOPS_PER_S / 1e12,
-            WITHIN_HOST / 1e9,
-            BETWEEN_HOSTS / 1e9
-        )
-    }
 }
