@@ -84,6 +84,30 @@ fn resume(text: &str) -> Result<Resume, String> {
 pub struct PlanArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
+    /// Propose a layout for so many GPUs.
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub gpus: Option<usize>,
+    /// Memory of one GPU, such as 80GiB.
+    #[arg(long, value_name = "SIZE", default_value = "80GiB", value_parser = bytes, requires = "gpus")]
+    pub memory: u64,
+}
+
+/// A size such as 80GiB, 141 GB or 1.5TiB.
+fn bytes(text: &str) -> Result<u64, String> {
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[number.len()..].to_ascii_lowercase().as_str() {
+        "gib" => 1u64 << 30,
+        "gb" => 1_000_000_000,
+        "mib" => 1 << 20,
+        "mb" => 1_000_000,
+        "tib" => 1 << 40,
+        "tb" => 1_000_000_000_000,
+        _ => return Err("expected a number and GiB or GB, such as 80GiB".into()),
+    };
+    match number.trim().parse::<f64>() {
+        Ok(number) if number > 0.0 && number < 1e6 => Ok((number * unit as f64) as u64),
+        _ => Err("expected a number and GiB or GB, such as 80GiB".into()),
+    }
 }
 
 /// A device by name.

@@ -2,6 +2,7 @@
 
 use std::io::{Write, stdout};
 
+use ttt_kernels::ContextSettings;
 use ttt_train::checkpoint;
 use ttt_train::config::Config;
 use ttt_train::generate::chat::{ChatTemplate, Message};
@@ -10,7 +11,7 @@ use ttt_train::generate::{Generation, Sampling};
 use ttt_train::human::grouped;
 use ttt_train::interop::{ExportOptions, export as export_checkpoint, import as import_folder};
 use ttt_train::open::Opened;
-use ttt_train::plan::Plan;
+use ttt_train::plan::{Gpus, Plan, propose};
 
 use crate::args::{EvalArgs, ExportArgs, GenerateArgs, ImportArgs, PlanArgs, TrainArgs};
 
@@ -21,7 +22,18 @@ pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
 
 pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     let config = Config::load(&args.config.config, &args.config.sets)?;
-    println!("{}", Plan::new(&config));
+    let context = ContextSettings::default();
+    match args.gpus {
+        None => println!("{}", Plan::new(&config)),
+        Some(count) => {
+            let memory_bytes = args.memory as f64;
+            let gpus = Gpus {
+                count,
+                memory_bytes,
+            };
+            println!("{}", propose(&config, gpus, None, &context)?);
+        }
+    }
     Ok(())
 }
 

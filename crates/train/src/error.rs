@@ -84,6 +84,14 @@ pub enum TrainError {
         /// Its gradient norm.
         grad_norm: f64,
     },
+    /// Another rank could not do its part of something that all must do.
+    #[error("rank {rank}: {problem}")]
+    OtherRank {
+        /// Its number.
+        rank: usize,
+        /// What it said.
+        problem: String,
+    },
     /// The device failed while running.
     #[error("the device failed: {0}")]
     Execution(String),

@@ -3,6 +3,7 @@
 //! Read [`run`] first: it is the program, from top to bottom. It calls [`step`] for one forward and
 //! backward pass and [`optimizer`] for the update; [`units`] holds what is trained.
 
+pub mod agree;
 pub mod checkpoint;
 pub mod config;
 pub mod context;
@@ -10,6 +11,7 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod evaluate;
+pub mod flat;
 pub mod generate;
 pub mod human;
 pub mod init;

@@ -171,7 +171,7 @@ impl Updater {
         if let [(range, lr_scale)] = &stretches[..]
             && *lr_scale != 0.0
         {
-            let copied = self.compute == DType::BF16;
+            let copied = self.compute == DType::BF16 && unit.layout.shards() == 1;
             let (master, moments, copy) = step(master, moments, range, *lr_scale, copied);
             unit.update(master, moments, copy);
             return;

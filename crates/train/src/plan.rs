@@ -1,15 +1,27 @@
-//! What a run will take: parameters, arithmetic, tokens and memory, from its configuration alone.
+//! What a run will take: parameters, arithmetic, tokens, memory and traffic, from its configuration
+//! alone.
 //!
-//! Nothing is allocated and no device is opened, so any machine can plan any model.
+//! Nothing is allocated and no device is opened, so any machine can plan any model on any number of
+//! others. [`propose`] finds the layout for so many.
 
 mod memory;
+mod proposal;
+mod propose;
+mod saved;
+mod speed;
 mod table;
+mod traffic;
 
+use ttt_kernels::ContextSettings;
 use ttt_model::ParamGroup;
 use ttt_model::flops::ForwardFlops;
 use ttt_model::params::all_params;
+use ttt_parallel::Layout;
 
 pub use memory::{Memory, MemoryItem};
+pub use proposal::{PlanError, Proposal};
+pub use propose::{Gpus, propose};
+pub use traffic::{Among, Traffic, TrafficItem};
 
 use crate::config::{Config, Precision};
 use crate::device::compute_dtype;
@@ -31,15 +43,24 @@ pub struct Plan {
     pub sequence_length: usize,
     /// Rows that go through the model at once.
     pub micro_batch_rows: usize,
-    /// Micro-batches of a step.
-    pub micro_batches: usize,
-    /// Memory on one device.
+    /// Rows of a step.
+    pub rows: usize,
+    /// The ranks.
+    pub layout: Layout,
+    /// Memory on one device, the fullest.
     pub memory: Memory,
+    /// What a rank sends in a step, the busiest.
+    pub traffic: Traffic,
 }
 
 impl Plan {
-    /// The plan of a valid configuration.
+    /// The plan of a valid configuration on one device.
     pub fn new(config: &Config) -> Self {
+        Self::on(config, Layout::SINGLE, &ContextSettings::default())
+    }
+
+    /// The plan of a valid configuration on the ranks of `layout`, which divide its rows.
+    pub fn on(config: &Config, layout: Layout, context: &ContextSettings) -> Self {
         let params = all_params(&config.model);
         let groups = [
             ParamGroup::Embedding,
@@ -62,8 +83,10 @@ impl Plan {
             tokens_per_step: train.batch_tokens as u64,
             sequence_length: train.sequence_length,
             micro_batch_rows: train.micro_batch_rows,
-            micro_batches: train.micro_batches(),
-            memory: Memory::estimate(config),
+            rows: train.batch_rows(),
+            memory: Memory::estimate(config, layout, context),
+            traffic: Traffic::busiest(config, layout, context),
+            layout,
         }
     }
 

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use ttt_kernels::ContextSettings;
 use ttt_model::Unit;
 use ttt_model::decode::Decoder;
@@ -77,7 +77,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
     // ---- model, new or where it was left --------------------------------------------------------
     let plan = Plan::new(config);
     println!("{plan}");
-    let start = find_start(config, resume, &fingerprint)?;
+    let start = find_start(config, resume, &fingerprint, &mesh, &device)?;
     let units = match (&start, &base) {
         (Some(checkpoint), _) => checkpoint.load(&config.model, &mesh, &device)?,
         (None, Some(base)) => base.units(&recorded, &mesh, &device)?,
@@ -267,11 +267,13 @@ fn find_start(
     config: &Config,
     resume: &Resume,
     fingerprint: &str,
+    mesh: &Mesh,
+    device: &Device,
 ) -> Result<Option<Checkpoint>, TrainError> {
     let run_dir = &config.run.dir;
     let found = match resume {
-        Resume::Auto => Checkpoint::newest(run_dir)?,
-        Resume::From(path) => Some(Checkpoint::open(path)?),
+        Resume::Auto => Checkpoint::newest_together(run_dir, mesh, device)?,
+        Resume::From(path) => Some(Checkpoint::open_together(path, mesh, device)?),
         Resume::Never => {
             if let Some(path) = checkpoint::list(run_dir)?.last() {
                 return Err(TrainError::checkpoint(
@@ -325,7 +327,7 @@ fn tokenizer_files(
 }
 
 /// Initial weights of every unit.
-fn new_units(config: &Config, mesh: &Mesh, device: &burn::tensor::Device) -> Vec<UnitState> {
+fn new_units(config: &Config, mesh: &Mesh, device: &Device) -> Vec<UnitState> {
     let units = Unit::all(&config.model).into_iter();
     units
         .map(|unit| {

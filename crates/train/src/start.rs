@@ -9,7 +9,7 @@ use burn::tensor::{DType, Device};
 use ttt_data::{HubModel, ModelFiles, Row, fetch_model, offline_by_environment};
 use ttt_kernels::dtype::cast;
 use ttt_model::decode::Decoder;
-use ttt_model::{ModelConfig, Params, Unit};
+use ttt_model::{ModelConfig, ParamSpec, Params, Unit};
 use ttt_parallel::Mesh;
 
 use crate::config::{Config, ConfigError, InitConfig};
@@ -17,7 +17,7 @@ use crate::device::read_f32;
 use crate::error::TrainError;
 use crate::interop::{HfFolder, InitFrom, side_files};
 use crate::step::Model;
-use crate::units::UnitState;
+use crate::units::{FlatLayout, UnitState};
 
 /// Where `init.from` lies on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,7 +92,7 @@ impl BaseModel {
         read_small_files(&self.folder.dir)
     }
 
-    /// The weights of all units; new TTT parameters are drawn from the run's seed.
+    /// This rank's weights of all units; new TTT parameters are drawn from the run's seed.
     ///
     /// # Errors
     /// If a file cannot be read.
@@ -104,9 +104,11 @@ impl BaseModel {
     ) -> Result<Vec<UnitState>, TrainError> {
         let plan = InitFrom::plan(&config.model, &self.folder.weights, config.run.seed)?;
         let unit = |unit| {
-            UnitState::new(&config.model, unit, mesh, device, |spec| {
-                plan.values(&spec.name)
-            })
+            let layout = FlatLayout::new(&config.model, unit, mesh.shard.size());
+            let read =
+                |spec: &ParamSpec, range, values: &mut [f32]| plan.read(&spec.name, range, values);
+            let master = layout.read_shard(mesh.shard.rank(), read)?;
+            Ok(UnitState::from_shard(unit, layout, master, device))
         };
         Unit::all(&config.model).into_iter().map(unit).collect()
     }

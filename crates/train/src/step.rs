@@ -147,6 +147,32 @@ impl Model {
         self.unit(unit).params(compute, mesh)
     }
 
+    /// Begins to gather a unit that will run soon.
+    fn prefetch(&mut self, unit: Unit, mesh: &Mesh) -> Result<(), CommError> {
+        let compute = self.compute;
+        self.unit(unit).prefetch(compute, mesh)
+    }
+
+    /// Begins to gather what the forward pass needs after block `layer`.
+    fn prefetch_after(&mut self, layer: usize, mesh: &Mesh) -> Result<(), CommError> {
+        if layer + 1 < self.config.num_hidden_layers {
+            return self.prefetch(Unit::Block(layer + 1), mesh);
+        }
+        self.prefetch(Unit::Head, mesh)
+    }
+
+    /// Adds gradients to a unit. Those of the unit before have travelled meanwhile: with them settled,
+    /// no more than one unit's are on their way.
+    fn add_gradients(
+        &mut self,
+        unit: Unit,
+        gradients: Vec<Option<Tensor<1>>>,
+        mesh: &Mesh,
+    ) -> Result<(), CommError> {
+        self.units.iter_mut().try_for_each(UnitState::settle)?;
+        self.unit(unit).add_gradients(gradients, mesh)
+    }
+
     /// Adds the gradient of `scale` · summed loss to the units, and returns that loss.
     ///
     /// # Errors
@@ -162,15 +188,20 @@ impl Model {
         let batch = self.batch(&micro.packing, None, mesh);
         let layers = 0..config.num_hidden_layers;
 
-        let embedding_params = self.params(Unit::Embedding, mesh)?.tracked();
-        let embedded = Embedding::new(&embedding_params).forward(micro.ids.clone(), self.compute);
-        let embeddings = embedded.clone().inner();
+        let embedding = Embedding::new(&self.params(Unit::Embedding, mesh)?);
+        self.prefetch(Unit::Block(0), mesh)?;
+        let embeddings = embedding.forward(micro.ids.clone(), self.compute);
+        drop(embedding);
 
         let mut x = embeddings.clone();
         let mut kept = vec![];
         let mut state_ratios = vec![];
         for layer in layers.clone() {
             let params = self.params(Unit::Block(layer), mesh)?;
+            self.prefetch_after(layer, mesh)?;
+            if layer + 1 == config.num_hidden_layers && config.tie_word_embeddings {
+                self.prefetch(Unit::Embedding, mesh)?;
+            }
             let ratio = match activations {
                 Activations::Keep => {
                     let graph = block_graph(&config, layer, params, x, &embeddings, &batch);
@@ -192,7 +223,7 @@ impl Model {
         }
         let state_ratios = context::largest(state_ratios, mesh)?;
 
-        let (loss, mut dx) = self.head_pass(x, micro, scale, mesh)?;
+        let (loss, mut dx) = self.head_pass(x, micro, scale, activations, mesh)?;
 
         let mut dembeddings: Option<Tensor<3>> = None;
         for layer in layers.rev() {
@@ -200,13 +231,16 @@ impl Model {
                 Kept::Graph(graph) => *graph,
                 Kept::Input(x) => {
                     let params = self.params(Unit::Block(layer), mesh)?;
+                    if let Some(before) = layer.checked_sub(1) {
+                        self.prefetch(Unit::Block(before), mesh)?;
+                    }
                     block_graph(&config, layer, params, *x, &embeddings, &batch)
                 }
             };
             let mut gradients = backward_from(graph.output, dx);
             context::check(&batch)?;
-            self.unit(Unit::Block(layer))
-                .add_gradients(graph.params.gradients(&mut gradients), mesh)?;
+            let own = graph.params.gradients(&mut gradients);
+            self.add_gradients(Unit::Block(layer), own, mesh)?;
             if let Some(part) = graph.embeddings.grad_remove(&mut gradients) {
                 dembeddings = Some(match dembeddings {
                     Some(sum) => sum + part,
@@ -221,9 +255,13 @@ impl Model {
             Some(sum) => dx + sum,
             None => dx,
         };
+        // The lookup once more, with a tape: its gradient depends on no value of the table.
+        let compute = self.compute;
+        let params = self.unit(Unit::Embedding).stand_in(compute).tracked();
+        let embedded = Embedding::new(&params).forward(micro.ids.clone(), compute);
         let mut gradients = backward_from(embedded, dembedded);
-        self.unit(Unit::Embedding)
-            .add_gradients(embedding_params.gradients(&mut gradients), mesh)?;
+        let own = params.gradients(&mut gradients);
+        self.add_gradients(Unit::Embedding, own, mesh)?;
         Ok(PassOutput { loss, state_ratios })
     }
 
@@ -233,6 +271,7 @@ impl Model {
         x: Tensor<3>,
         micro: &MicroBatch,
         scale: f64,
+        activations: Activations,
         mesh: &Mesh,
     ) -> Result<(Tensor<1>, Tensor<3>), TrainError> {
         let params = self.params(Unit::Head, mesh)?.tracked();
@@ -240,16 +279,20 @@ impl Model {
             true => Some(self.params(Unit::Embedding, mesh)?.tracked()),
             false => None,
         };
+        if activations == Activations::Recompute {
+            let last = self.config.num_hidden_layers - 1;
+            self.prefetch(Unit::Block(last), mesh)?;
+        }
         let x = leaf(x);
         let weight = tied.as_ref().map(|tied| Embedding::new(tied).weight);
         let head = Head::new(&self.config, &params, weight);
         let loss = head.loss(x.clone(), micro.labels.clone(), scale);
         let mut gradients = loss.backward();
-        self.unit(Unit::Head)
-            .add_gradients(params.gradients(&mut gradients), mesh)?;
+        let own = params.gradients(&mut gradients);
+        self.add_gradients(Unit::Head, own, mesh)?;
         if let Some(tied) = tied {
-            self.unit(Unit::Embedding)
-                .add_gradients(tied.gradients(&mut gradients), mesh)?;
+            let own = tied.gradients(&mut gradients);
+            self.add_gradients(Unit::Embedding, own, mesh)?;
         }
         let dx = x.grad_remove(&mut gradients);
         Ok((loss.inner(), dx.expect("the head's input reaches the loss")))
@@ -272,12 +315,23 @@ impl Model {
         for layer in 0..config.num_hidden_layers {
             let params = self.params(Unit::Block(layer), mesh)?;
             let block = Block::new(&config, layer, &params);
+            self.prefetch_after(layer, mesh)?;
             x = block.forward(x, embeddings.clone(), &batch).output;
             context::check(&batch)?;
         }
         let tied = config.tie_word_embeddings.then_some(embedding.weight);
         let head = Head::new(&config, &self.params(Unit::Head, mesh)?, tied);
         Ok(head.token_losses(x, micro.labels.clone()))
+    }
+}
+
+/// How often [`Model::accumulate`] gathers the parameters of a unit, and returns gradients of them.
+pub fn gathers(config: &ModelConfig, unit: Unit, activations: Activations) -> (u64, u64) {
+    match (unit, activations) {
+        (Unit::Block(_), Activations::Recompute) => (2, 1),
+        // Once more as the head.
+        (Unit::Embedding, _) if config.tie_word_embeddings => (2, 2),
+        _ => (1, 1),
     }
 }
 

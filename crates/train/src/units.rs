@@ -1,100 +1,17 @@
 //! The trained state, unit by unit: flat f32 buffers of master weights, moments and gradients.
 //!
-//! Each buffer is this rank's shard of the unit's parameters laid end to end; on one rank, all of
-//! them. A unit is gathered when it runs and its gradient is scattered when it is known.
-
-use std::ops::Range;
+//! Each buffer is this rank's shard of the unit's parameters ([`FlatLayout`]); on one rank, all of
+//! them. A unit is gathered when it runs and its gradient is scattered when it is known. Both can be
+//! begun early and awaited late, so that they travel while another unit computes.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use ttt_kernels::dtype::cast;
 use ttt_kernels::ops::adamw::Moments;
 use ttt_kernels::ops::flat::{Part, accumulate, joined};
 use ttt_model::{ModelConfig, ParamSpec, Params, Unit};
-use ttt_parallel::{CommError, Mesh};
+use ttt_parallel::{CommError, Mesh, Pending};
 
-/// Where a unit's parameters lie in its flat buffer.
-#[derive(Clone, Debug)]
-pub struct FlatLayout {
-    /// The parameters in order; those that decay come first.
-    pub specs: Vec<ParamSpec>,
-    /// Where each begins, and the end of the last.
-    offsets: Vec<usize>,
-    /// Elements of one rank's shard; the last rank's is padded with zeros.
-    shard_len: usize,
-    shards: usize,
-}
-
-impl FlatLayout {
-    /// The layout of `unit` over `shards` ranks.
-    pub fn new(config: &ModelConfig, unit: Unit, shards: usize) -> Self {
-        let mut specs = unit.params(config);
-        specs.sort_by_key(|spec| !spec.decays()); // stable
-        let mut offsets = vec![0];
-        for spec in &specs {
-            offsets.push(offsets[offsets.len() - 1] + spec.len());
-        }
-        let len = offsets[specs.len()];
-        Self {
-            specs,
-            offsets,
-            shard_len: len.div_ceil(shards),
-            shards,
-        }
-    }
-
-    /// Elements of all parameters.
-    pub fn len(&self) -> usize {
-        self.offsets[self.specs.len()]
-    }
-
-    /// Whether there are no parameters.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Where parameter `i` lies.
-    pub fn range(&self, i: usize) -> Range<usize> {
-        self.offsets[i]..self.offsets[i + 1]
-    }
-
-    /// The part of rank `rank`'s shard that decays, in shard coordinates.
-    pub fn decayed(&self, rank: usize) -> Range<usize> {
-        let decaying = self.specs.iter().filter(|spec| spec.decays()).count();
-        let begin = rank * self.shard_len;
-        0..self.offsets[decaying].clamp(begin, begin + self.shard_len) - begin
-    }
-
-    /// Rank `rank`'s shard cut into stretches of one learning rate: `scale` of each parameter's
-    /// name, neighbours of equal scale joined. The padding belongs to the last.
-    pub fn stretches(&self, rank: usize, scale: impl Fn(&str) -> f64) -> Vec<(Range<usize>, f64)> {
-        let begin = rank * self.shard_len;
-        let mut stretches: Vec<(Range<usize>, f64)> = vec![];
-        for (i, spec) in self.specs.iter().enumerate() {
-            let clamp = |at: usize| at.clamp(begin, begin + self.shard_len) - begin;
-            let (from, to) = (clamp(self.offsets[i]), clamp(self.offsets[i + 1]));
-            let scale = scale(&spec.name);
-            match stretches.last_mut() {
-                Some((range, last)) if *last == scale => range.end = to.max(range.end),
-                _ if from < to => stretches.push((from..to, scale)),
-                _ => {}
-            }
-        }
-        match stretches.last_mut() {
-            Some((range, _)) => range.end = self.shard_len,
-            None => stretches.push((0..self.shard_len, 1.0)),
-        }
-        stretches
-    }
-
-    /// Rank `rank`'s shard of values given flat, padded.
-    pub fn shard_of(&self, full: &[f32], rank: usize) -> Vec<f32> {
-        let begin = (rank * self.shard_len).min(full.len());
-        let end = (begin + self.shard_len).min(full.len());
-        let mut shard = full[begin..end].to_vec();
-        shard.resize(self.shard_len, 0.0);
-        shard
-    }
-}
+pub use crate::flat::{FlatLayout, Piece};
 
 /// One unit of the model being trained.
 #[derive(Debug)]
@@ -114,6 +31,10 @@ pub struct UnitState {
     gradient: Option<Vec<Part>>,
     /// The parameters as the model computes with them, until the next update.
     ready: Option<Params>,
+    /// The sections of the parameters on their way to this rank.
+    coming: Vec<Pending>,
+    /// The sections of a gradient on their way to the ranks that hold them.
+    returning: Vec<Pending>,
 }
 
 impl UnitState {
@@ -129,16 +50,20 @@ impl UnitState {
         mut values: impl FnMut(&ParamSpec) -> Result<Vec<f32>, E>,
     ) -> Result<Self, E> {
         let layout = FlatLayout::new(config, unit, mesh.shard.size());
-        let mut full = Vec::with_capacity(layout.len());
-        for spec in &layout.specs {
-            full.extend(values(spec)?);
-        }
-        let shard = layout.shard_of(&full, mesh.shard.rank());
-        let len = shard.len();
+        let shard = layout.read_shard(mesh.shard.rank(), |spec, elements, out| {
+            out.copy_from_slice(&values(spec)?[elements]);
+            Ok(())
+        })?;
+        Ok(Self::from_shard(unit, layout, shard, device))
+    }
+
+    /// A unit of which this rank's shard, padded, is `master`; moments zero.
+    pub fn from_shard(unit: Unit, layout: FlatLayout, master: Vec<f32>, device: &Device) -> Self {
+        let len = master.len();
         let zeros = || Tensor::<1>::zeros([len], (device, DType::F32));
-        Ok(Self {
+        Self {
             unit,
-            master: Tensor::from_data(TensorData::new(shard, [len]), (device, DType::F32)),
+            master: Tensor::from_data(TensorData::new(master, [len]), (device, DType::F32)),
             moments: Moments {
                 first: zeros(),
                 second: zeros(),
@@ -147,13 +72,20 @@ impl UnitState {
             copy: None,
             gradient: None,
             ready: None,
-        })
+            coming: vec![],
+            returning: vec![],
+        }
+    }
+
+    /// Whether this rank holds all of the unit.
+    fn is_whole(&self) -> bool {
+        self.layout.shards() == 1
     }
 
     /// The parameters in the precision the model computes in, gathered from all shards.
     ///
     /// Made once per step where this rank holds all of them; gathered anew each time otherwise, so
-    /// that only the unit that runs is whole.
+    /// that only units that run are whole.
     ///
     /// # Errors
     /// If a rank is lost.
@@ -161,32 +93,74 @@ impl UnitState {
         if let Some(ready) = &self.ready {
             return Ok(ready.clone());
         }
-        let wide = match self.layout.specs.iter().any(|spec| spec.master_precision) {
-            true => Some(mesh.shard.all_gather(self.master.clone())?),
-            false => None,
-        };
-        let shard = match self.copy.take() {
-            Some(copy) if copy.dtype() == compute => copy,
-            _ => cast(self.master.clone(), compute),
-        };
-        let full = mesh.shard.all_gather(shard.clone())?;
-        self.copy = Some(shard);
-        let flat = self.layout.specs.iter().enumerate().map(|(i, spec)| {
-            let whole = match (&wide, spec.master_precision) {
-                (Some(wide), true) => wide,
-                _ => &full,
-            };
-            whole.clone().slice([self.layout.range(i)])
-        });
-        let params = Params::new(self.layout.specs.clone(), flat.collect());
-        if mesh.shard.size() == 1 {
+        self.start_gathering(compute, mesh)?;
+        let coming = std::mem::take(&mut self.coming);
+        let sections = self.layout.sections().iter().zip(coming);
+        let mut flat = Vec::with_capacity(self.layout.specs.len());
+        for (section, coming) in sections {
+            let whole = coming.wait()?;
+            let params = section.params.clone();
+            let cut = params.map(|i| whole.clone().slice([section.range(&self.layout, i)]));
+            flat.extend(cut);
+        }
+        let params = Params::new(self.layout.specs.clone(), flat);
+        if self.is_whole() {
             self.ready = Some(params.clone());
         }
         Ok(params)
     }
 
+    /// Begins to gather the parameters that [`UnitState::params`] will be asked for next, unless they
+    /// are here or on their way.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub fn prefetch(&mut self, compute: DType, mesh: &Mesh) -> Result<(), CommError> {
+        match self.is_whole() {
+            true => Ok(()),
+            false => self.start_gathering(compute, mesh),
+        }
+    }
+
+    /// Parameters of the right shapes, without their values where these would have to be gathered.
+    pub fn stand_in(&self, compute: DType) -> Params {
+        if let Some(ready) = &self.ready {
+            return ready.clone();
+        }
+        let device = self.master.device();
+        let sections = self.layout.sections().iter();
+        let flat = sections.flat_map(|section| {
+            let specs = &self.layout.specs[section.params.clone()];
+            let like = (&device, section.precision(compute));
+            specs
+                .iter()
+                .map(move |spec| Tensor::zeros([spec.len()], like))
+        });
+        Params::new(self.layout.specs.clone(), flat.collect())
+    }
+
+    fn start_gathering(&mut self, compute: DType, mesh: &Mesh) -> Result<(), CommError> {
+        if !self.coming.is_empty() {
+            return Ok(());
+        }
+        for section in self.layout.sections() {
+            // What the update made is not kept beside shards: memory is why there are shards.
+            let copy = self.copy.as_ref();
+            let own = match copy.filter(|copy| copy.dtype() == section.precision(compute)) {
+                Some(copy) => copy.clone().slice([section.part.clone()]),
+                None => {
+                    let own = self.master.clone().slice([section.part.clone()]);
+                    cast(own, section.precision(compute))
+                }
+            };
+            self.coming.push(mesh.shard.start_all_gather(own)?);
+        }
+        Ok(())
+    }
+
     /// Adds the gradients of one backward pass, in the layout's order; a parameter that none
-    /// arrived for counts as zero.
+    /// arrived for counts as zero. Where there are shards, the sum over the ranks is only begun:
+    /// [`UnitState::settle`] ends it.
     ///
     /// # Errors
     /// If a rank is lost.
@@ -195,25 +169,51 @@ impl UnitState {
         gradients: Vec<Option<Tensor<1>>>,
         mesh: &Mesh,
     ) -> Result<(), CommError> {
+        self.settle()?;
         let parts = gradients.into_iter().zip(&self.layout.specs);
-        let parts = parts.map(|(gradient, spec)| match gradient {
+        let mut parts = parts.map(|(gradient, spec)| match gradient {
             Some(gradient) => Part::Values(gradient),
             None => Part::Zeros(spec.len()),
         });
-        let mut parts: Vec<Part> = parts.collect();
-        let padding = self.layout.shard_len * self.layout.shards - self.layout.len();
-        if padding > 0 {
-            parts.push(Part::Zeros(padding));
+        if self.is_whole() {
+            let parts = parts.collect();
+            self.sum(parts);
+            return Ok(());
         }
-        if self.layout.shards > 1 {
-            let own = mesh.shard.reduce_scatter_sum(accumulate(None, parts))?;
-            parts = vec![Part::Values(own)];
+        for section in self.layout.sections() {
+            let mut parts: Vec<Part> = parts.by_ref().take(section.params.len()).collect();
+            match section.padding(self.layout.shards()) {
+                0 => {}
+                padding => parts.push(Part::Zeros(padding)),
+            }
+            let all = accumulate(None, parts);
+            self.returning
+                .push(mesh.shard.start_reduce_scatter_sum(all)?);
         }
+        Ok(())
+    }
+
+    /// Adds what [`UnitState::add_gradients`] sent on its way to this rank's gradient.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    pub fn settle(&mut self) -> Result<(), CommError> {
+        if self.returning.is_empty() {
+            return Ok(());
+        }
+        let mut parts = vec![];
+        for section in self.returning.drain(..) {
+            parts.push(Part::Values(section.wait()?));
+        }
+        self.sum(parts);
+        Ok(())
+    }
+
+    fn sum(&mut self, parts: Vec<Part>) {
         self.gradient = Some(match self.gradient.take() {
             Some(sum) => vec![Part::Values(accumulate(Some(joined(sum)), parts))],
             None => parts,
         });
-        Ok(())
     }
 
     /// Takes the step's gradient, summed over all that hold it: the shard's elements, end to end.
@@ -221,6 +221,7 @@ impl UnitState {
     /// # Errors
     /// If a rank is lost.
     pub fn take_gradient(&mut self, mesh: &Mesh) -> Result<Vec<Part>, CommError> {
+        self.settle()?;
         let zeros = || vec![Part::Values(self.master.zeros_like())];
         let own = self.gradient.take().unwrap_or_else(zeros);
         match mesh.replicas.size() {
@@ -234,7 +235,15 @@ impl UnitState {
 
     /// Hands out weights and moments to be updated, so that they can be written in place; they come
     /// back by [`UnitState::update`]. The parameters that the model computed with are let go.
+    ///
+    /// # Panics
+    /// If parameters are on their way: they would arrive as they were.
     pub fn take(&mut self) -> (Tensor<1>, Moments) {
+        assert!(
+            self.coming.is_empty(),
+            "{:?} is used before it changes",
+            self.unit
+        );
         self.ready = None;
         self.copy = None;
         let none = Tensor::<1>::zeros([1], (&self.master.device(), DType::F32));
@@ -247,11 +256,12 @@ impl UnitState {
     }
 
     /// Replaces weights and moments after an update; `copy`: the weights in the precision that the
-    /// model computes in, where the update made them.
+    /// model computes in, where the update made them. With shards it is not kept: it would be there
+    /// all the time, and casting before each gather costs next to nothing.
     pub fn update(&mut self, master: Tensor<1>, moments: Moments, copy: Option<Tensor<1>>) {
         self.master = master;
         self.moments = moments;
-        self.copy = copy;
+        self.copy = copy.filter(|_| self.is_whole());
         self.ready = None;
     }
 }

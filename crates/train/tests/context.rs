@@ -170,6 +170,7 @@ fn pass(case: Case, mesh: &Mesh) -> Pass {
     for unit in &mut model.units {
         let shard = joined(unit.take_gradient(mesh).expect("all ranks"));
         let flat = values(&mesh.shard.all_gather(shard).expect("all ranks"));
+        let flat = unit.layout.whole(&flat);
         for (i, spec) in unit.layout.specs.iter().enumerate() {
             gradients.push((spec.name.clone(), flat[unit.layout.range(i)].to_vec()));
         }
@@ -310,7 +311,7 @@ fn trained(mesh: &Mesh) -> Vec<Vec<f64>> {
     }
     let gathered = model.units.iter().map(|unit| {
         let full = mesh.shard.all_gather(unit.master.clone());
-        values(&full.expect("all ranks"))[..unit.layout.len()].to_vec()
+        unit.layout.whole(&values(&full.expect("all ranks")))
     });
     gathered.collect()
 }

@@ -19,34 +19,51 @@ pub fn atomic_folder<T, E: From<WeightsError>>(
     path: &Path,
     fill: impl FnOnce(&Path) -> Result<T, E>,
 ) -> Result<T, E> {
-    let partial = Partial::begin(path)?;
-    let value = fill(&partial.path)?;
-    partial.commit(path)?;
+    let staging = Staging::begin(path)?;
+    let value = fill(staging.path())?;
+    staging.commit()?;
     Ok(value)
 }
 
-/// The folder being written; removed unless committed.
-struct Partial {
+/// A folder that has not got its final name yet; removed unless committed.
+///
+/// [`atomic_folder`] in steps, for where several processes write into it: one begins and commits,
+/// the others find it at [`Staging::path_of`].
+#[derive(Debug)]
+pub struct Staging {
     path: PathBuf,
+    target: PathBuf,
     /// Held while this process writes: a lock ends with its process, so a leftover has none.
     _lock: File,
 }
 
-impl Partial {
-    fn begin(path: &Path) -> Result<Self, WeightsError> {
-        if path.symlink_metadata().is_ok() {
-            let path = path.to_path_buf();
-            return Err(WeightsError::Exists { path });
-        }
+impl Staging {
+    /// Where the folder `path` is while it is being written.
+    ///
+    /// # Errors
+    /// If `path` is no name of a folder.
+    pub fn path_of(path: &Path) -> Result<PathBuf, WeightsError> {
         let Some(name) = path.file_name() else {
             let source = ErrorKind::InvalidInput.into();
             return Err(WeightsError::io(path, "make a folder of this name")(source));
         };
+        let name = format!(".{}{PARTIAL_SUFFIX}", name.to_string_lossy());
+        Ok(parent(path).join(name))
+    }
+
+    /// Makes the folder that becomes `path`, and removes what killed processes left beside it.
+    ///
+    /// # Errors
+    /// If `path` exists, somebody else is writing it, or the disk refuses.
+    pub fn begin(path: &Path) -> Result<Self, WeightsError> {
+        if path.symlink_metadata().is_ok() {
+            let path = path.to_path_buf();
+            return Err(WeightsError::Exists { path });
+        }
+        let partial = Self::path_of(path)?;
         let parent = parent(path);
         std::fs::create_dir_all(parent).map_err(WeightsError::io(parent, "make the folder"))?;
         remove_leftovers(parent)?;
-        let name = format!(".{}{PARTIAL_SUFFIX}", name.to_string_lossy());
-        let partial = parent.join(name);
         loop {
             match std::fs::create_dir(&partial) {
                 // Leftovers are gone, so this one is being written.
@@ -59,14 +76,27 @@ impl Partial {
             // Between these two lines it has no lock, and somebody who removes leftovers may take
             // it for one: then it is gone once the lock is ours.
             if let Some(lock) = lock_if_there(&partial)? {
-                let path = partial;
-                return Ok(Self { path, _lock: lock });
+                return Ok(Self {
+                    path: partial,
+                    target: path.to_path_buf(),
+                    _lock: lock,
+                });
             }
         }
     }
 
-    fn commit(self, path: &Path) -> Result<(), WeightsError> {
+    /// The folder to write into.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Flushes all that is in the folder and gives it its name.
+    ///
+    /// # Errors
+    /// If the name has been taken meanwhile or the disk refuses; then nothing remains.
+    pub fn commit(self) -> Result<(), WeightsError> {
         sync_tree(&self.path)?;
+        let path = &self.target;
         if path.symlink_metadata().is_ok() {
             let path = path.to_path_buf();
             return Err(WeightsError::Exists { path });
@@ -76,7 +106,7 @@ impl Partial {
     }
 }
 
-impl Drop for Partial {
+impl Drop for Staging {
     fn drop(&mut self) {
         // After a commit there is nothing of this name. A failure here leaves a leftover, which
         // the next writer removes.

@@ -24,7 +24,7 @@ pub fn import(dir: &Path, out: &Path) -> Result<(), TrainError> {
     let plan = InitFrom::plan(&source.config, &source.weights, 0)?;
     let config = starting_point(source.config.clone(), out)?;
     atomic_folder(out, |partial| {
-        let mut files: Vec<_> = write_model(&plan, partial, Dtype::F32, checkpoint::SHARD_BYTES)?
+        let mut files: Vec<_> = write_model(&plan, partial, Dtype::F32, checkpoint::FILE_BYTES)?
             .into_iter()
             .map(checkpoint::FileEntry::from)
             .collect();

@@ -2,6 +2,7 @@
 //! initialisation.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use ttt_model::params::all_params;
 use ttt_model::{Init, ModelConfig, ParamGroup, ParamSpec, Target};
@@ -102,21 +103,40 @@ impl<'a> InitFrom<'a> {
     /// # Errors
     /// If the model has no parameter of this name, or its file cannot be read.
     pub fn values(&self, name: &str) -> Result<Vec<f32>, TrainError> {
-        let spec = self.specs.iter().find(|spec| spec.name == name);
-        let spec = spec.ok_or_else(|| InteropError::Missing {
-            dir: self.weights.dir().to_path_buf(),
-            names: name.to_string(),
-            hint: "the model has no such parameter",
-        })?;
+        let mut values = vec![0.0; self.spec(name)?.len()];
+        let all = 0..values.len();
+        self.read(name, all, &mut values)?;
+        Ok(values)
+    }
+
+    /// Elements `range` of one parameter in row-major order.
+    ///
+    /// # Errors
+    /// As [`InitFrom::values`], or if `range` and `values` do not fit it.
+    pub fn read(
+        &self,
+        name: &str,
+        range: Range<usize>,
+        values: &mut [f32],
+    ) -> Result<(), TrainError> {
+        let spec = self.spec(name)?;
         if self.new.contains(name) {
-            return Ok(initial_values(spec, self.seed));
+            values.copy_from_slice(&initial_values(spec, self.seed)[range]);
+            return Ok(());
         }
         if name == EMBEDDING {
             self.check_redundant_head()?;
         }
-        let mut values = vec![0.0; spec.len()];
-        self.weights.read_f32(name, &mut values)?;
-        Ok(values)
+        Ok(self.weights.read_f32_range(name, range, values)?)
+    }
+
+    fn spec(&self, name: &str) -> Result<&ParamSpec, InteropError> {
+        let spec = self.specs.iter().find(|spec| spec.name == name);
+        spec.ok_or_else(|| InteropError::Missing {
+            dir: self.weights.dir().to_path_buf(),
+            names: name.to_string(),
+            hint: "the model has no such parameter",
+        })
     }
 
     /// Every parameter with its values, one at a time.

@@ -1,20 +1,31 @@
 //! How much memory a run holds at its fullest, item by item.
 //!
 //! The weights' share is exact. That of activations counts what the operations of `ttt-kernels`
-//! save for their backward pass; the rest (a block being differentiated, the loss, the update) are
-//! the largest buffers that are alive together. An allocator adds its own slack.
+//! save for their backward pass (`saved.rs`); the rest (a block being differentiated, the loss, the
+//! update) are the largest buffers that are alive together. An allocator adds its own slack.
 
+use ttt_kernels::ContextSettings;
+use ttt_kernels::context::{AttentionExchange, Payload};
+use ttt_kernels::ops::attention::heads_divide;
 use ttt_model::Unit;
 use ttt_model::params::all_params;
+use ttt_parallel::Layout;
 
 use super::precision;
+use super::saved::{keys, per_token};
 use crate::config::{Activations, Config, DeviceKind};
+use crate::units::FlatLayout;
 
 /// Bytes of an f32.
 const F32: f64 = 4.0;
 
-/// Logits that the loss holds at a time: the slice of `ttt_kernels::linear_cross_entropy`.
+/// Logits that the loss holds at a time: the slice of `ttt_kernels::linear_cross_entropy`, and of its
+/// fused form.
 const LOGITS_SLICE: f64 = (1u64 << 25) as f64;
+const FUSED_LOGITS_SLICE: f64 = (1u64 << 27) as f64;
+
+/// Bytes of the weights that the fused scan of a TTT layer makes at a time, at least one.
+const WEIGHTS_SLAB: f64 = (128u64 << 20) as f64;
 
 /// Queries of a tile of the CPU's attention.
 const ATTENTION_TILE: usize = 256;
@@ -41,8 +52,9 @@ impl Memory {
         self.items.iter().map(|item| item.bytes).sum()
     }
 
-    pub(super) fn estimate(config: &Config) -> Self {
-        let sizes = Sizes::new(config);
+    /// Of one rank of `layout`: of the last of its context group, which fetches most.
+    pub(super) fn estimate(config: &Config, layout: Layout, context: &ContextSettings) -> Self {
+        let sizes = Sizes::new(config, layout, context);
         let weights = sizes.weights();
         // The pass and the update are never at their fullest together.
         let pass = sizes.pass();
@@ -63,22 +75,20 @@ impl Memory {
 /// The sizes that the estimate is made of: elements, unless a name says bytes.
 struct Sizes<'a> {
     config: &'a Config,
+    layout: Layout,
+    context: &'a ContextSettings,
     /// Bytes of an activation.
     compute_bytes: f64,
-    /// Tokens that go through the model at once, B·N.
+    /// Tokens that go through the model at once on one rank, B·N.
     tokens: f64,
-    parameters: f64,
-    /// Of the largest unit.
-    largest_unit: f64,
-    /// Of the largest block.
-    largest_block: f64,
+    /// Of one shard of all units, padding included.
+    shard: f64,
+    /// The units' parameters, in order.
+    units: Vec<f64>,
     /// D, F, V.
     hidden: f64,
     intermediate: f64,
     vocab: f64,
-    /// H·E and G·E.
-    queries: f64,
-    keys: f64,
 }
 
 fn item(name: impl Into<String>, bytes: f64) -> MemoryItem {
@@ -89,27 +99,43 @@ fn item(name: impl Into<String>, bytes: f64) -> MemoryItem {
 }
 
 impl<'a> Sizes<'a> {
-    fn new(config: &'a Config) -> Self {
+    fn new(config: &'a Config, layout: Layout, context: &'a ContextSettings) -> Self {
         let model = &config.model;
-        let unit_len = |unit: Unit| {
-            let params = unit.params(model);
-            params.iter().map(|param| param.len()).sum::<usize>() as f64
-        };
-        let units = Unit::all(model);
-        let blocks = units.iter().filter(|unit| matches!(unit, Unit::Block(_)));
+        let train = &config.train;
+        let flat = |unit: &Unit| FlatLayout::new(model, *unit, layout.shard);
+        let units: Vec<FlatLayout> = Unit::all(model).iter().map(flat).collect();
+        let part = train.sequence_length / layout.context;
         Self {
             config,
+            layout,
+            context,
             compute_bytes: precision(config).bytes() as f64,
-            tokens: (config.train.micro_batch_rows * config.train.sequence_length) as f64,
-            parameters: units.iter().map(|unit| unit_len(*unit)).sum(),
-            largest_unit: units.iter().map(|unit| unit_len(*unit)).fold(0.0, f64::max),
-            largest_block: blocks.map(|unit| unit_len(*unit)).fold(0.0, f64::max),
+            tokens: (train.micro_batch_rows * part) as f64,
+            shard: units.iter().map(|unit| unit.shard_len() as f64).sum(),
+            units: units.iter().map(|unit| unit.len() as f64).collect(),
             hidden: model.hidden_size as f64,
             intermediate: model.intermediate_size as f64,
             vocab: model.vocab_size as f64,
-            queries: (model.num_attention_heads * model.head_size()) as f64,
-            keys: (model.kv_heads() * model.head_size()) as f64,
         }
+    }
+
+    fn sharded(&self) -> bool {
+        self.layout.shard > 1
+    }
+
+    fn largest_unit(&self) -> f64 {
+        self.units.iter().copied().fold(0.0, f64::max)
+    }
+
+    /// Of the blocks, which lie between the embedding and the head.
+    fn largest_block(&self) -> f64 {
+        let blocks = &self.units[1..self.units.len() - 1];
+        blocks.iter().copied().fold(0.0, f64::max)
+    }
+
+    /// Whether the operations that have a fused form run in it.
+    fn fused(&self) -> bool {
+        !self.on_cpu() && self.compute_bytes != F32
     }
 
     fn on_cpu(&self) -> bool {
@@ -117,16 +143,32 @@ impl<'a> Sizes<'a> {
     }
 
     fn weights(&self) -> Vec<MemoryItem> {
-        let name = match self.compute_bytes == F32 {
-            true => "weights as computed with, f32",
-            false => "weights as computed with, bf16",
+        let name = match (self.compute_bytes == F32, self.sharded()) {
+            (true, false) => "weights as computed with, f32",
+            (false, false) => "weights as computed with, bf16",
+            (true, true) => "gathered weights, f32",
+            (false, true) => "gathered weights, bf16",
         };
         vec![
-            item("master weights, f32", F32 * self.parameters),
-            item("AdamW moments, 2 x f32", 2.0 * F32 * self.parameters),
-            item("gradients, f32", F32 * self.parameters),
-            item(name, self.compute_weights_bytes()),
+            item("master weights, f32", F32 * self.shard),
+            item("AdamW moments, 2 x f32", 2.0 * F32 * self.shard),
+            item("gradients, f32", F32 * self.shard),
+            item(name, self.gathered_bytes()),
         ]
+    }
+
+    /// The weights that are whole at a time.
+    fn gathered_bytes(&self) -> f64 {
+        match (self.sharded(), self.config.train.activations) {
+            // What waits for its backward pass holds the weights that it was computed with.
+            (false, _) | (true, Activations::Keep) => self.compute_weights_bytes(),
+            // The unit that runs and the one that is on its way.
+            (true, Activations::Recompute) => {
+                let pairs = self.units.windows(2).map(|pair| pair[0] + pair[1]);
+                let share = pairs.fold(0.0, f64::max) / self.units.iter().sum::<f64>();
+                share * self.compute_weights_bytes()
+            }
+        }
     }
 
     /// The copy of the weights in compute precision; on the CPU f32 weights are views, not copies.
@@ -138,7 +180,7 @@ impl<'a> Sizes<'a> {
             } else {
                 self.compute_bytes
             };
-            match self.on_cpu() && bytes == F32 {
+            match self.on_cpu() && bytes == F32 && !self.sharded() {
                 true => 0.0,
                 false => bytes * param.len() as f64,
             }
@@ -148,23 +190,24 @@ impl<'a> Sizes<'a> {
 
     /// What one block saves for its backward pass.
     fn saved_by_block_bytes(&self, layer: usize) -> f64 {
+        let shared = self.layout.context > 1;
+        let per_token = per_token(self.config, layer, shared).map(|(_, bytes)| bytes);
+        let own = self.tokens * per_token.sum::<usize>() as f64;
         let model = &self.config.model;
-        let (d, f, q, k) = (self.hidden, self.intermediate, self.queries, self.keys);
-        // rms_norm: its input; the projections: its output. Twice, for attention and MLP.
-        let mut elements = 4.0 * d;
-        // attention: q, k, v and its output, which is the output projection's input too.
-        elements += 2.0 * q + 2.0 * k;
-        if model.qk_norm() {
-            elements += q + k; // queries and keys before their norms
-        }
-        // swiglu: gate and up; the down projection: Z.
-        elements += 3.0 * f;
-        if model.is_ttt_layer(layer) {
-            // fast_weight_scan: V; the projection: the mixed targets. Their source is saved already.
-            elements += d * (1.0 + f64::from(u8::from(model.ttt.projection)));
-        }
-        let log_sum_exp = F32 * model.num_attention_heads as f64;
-        self.tokens * (elements * self.compute_bytes + log_sum_exp)
+        let part = self.config.train.sequence_length / self.layout.context;
+        let others = part * (self.layout.context - 1);
+        let heads = match self.context.attention {
+            AttentionExchange::Keys => false,
+            AttentionExchange::Heads => true,
+            AttentionExchange::Auto => heads_divide(model.kv_heads(), self.layout.context),
+        };
+        let fetched = match model.window(layer) {
+            Some(window) => others.min(window - 1),
+            None if heads => 0,
+            None => others,
+        };
+        let rows = self.config.train.micro_batch_rows;
+        own + self.compute_bytes * (rows * fetched * 2 * keys(model)) as f64
     }
 
     /// Forward and backward of one micro-batch, at the end of the forward pass.
@@ -193,12 +236,13 @@ impl<'a> Sizes<'a> {
         vec![
             item(format!("activations, {mode}"), kept + ends),
             item("TTT states, f32", self.ttt_state_bytes()),
+            item("TTT states on their way", self.travelling_state_bytes()),
             item(name, working),
         ]
     }
 
     /// The states kept for the backward pass, and the buffers of the layer that runs: S, G, one
-    /// chunk's update to each, and the weight W_0 + η S.
+    /// chunk's update to each, and the weight W_0 + η S; or what the fused scan has of them.
     fn ttt_state_bytes(&self) -> f64 {
         let layers = self.config.model.ttt_layers().len() as f64;
         if layers == 0.0 {
@@ -209,33 +253,75 @@ impl<'a> Sizes<'a> {
             Activations::Keep => layers * rows,
             Activations::Recompute => rows,
         };
-        (kept + 5.0) * F32 * self.hidden * self.intermediate
+        let elements = self.hidden * self.intermediate;
+        let working = match self.fused() {
+            // S and G; of a group of chunks the weights and the updates, bf16.
+            true => {
+                let chunks = self.config.train.sequence_length / self.layout.context;
+                let chunks = chunks.div_ceil(self.config.model.ttt.chunk).min(32) as f64;
+                let at_once = (WEIGHTS_SLAB / (2.0 * elements)).floor().clamp(1.0, chunks);
+                2.0 * F32 * elements + 2.0 * at_once * 2.0 * elements
+            }
+            false => 5.0 * F32 * elements,
+        };
+        kept * F32 * elements + working
     }
 
-    /// A slice of logits with its softmax and gradient, the head's input and its gradient, and the
-    /// gradient of the matrix: the sum, the newest slice's part, and the copy handed on.
+    /// Sums of updates as a rank sends them, and as it receives and adds them.
+    fn travelling_state_bytes(&self) -> f64 {
+        let learns = !self.config.model.ttt_layers().is_empty();
+        if self.layout.context == 1 || !learns {
+            return 0.0;
+        }
+        let payload = match self.context.payload {
+            Payload::F32 => F32,
+            Payload::Bf16 => 2.0,
+        };
+        let rows = self.config.train.micro_batch_rows as f64;
+        (2.0 * F32 + 2.0 * payload) * rows * self.hidden * self.intermediate
+    }
+
+    fn micro_batches(&self) -> usize {
+        let rows = self.config.train.batch_rows() / (self.layout.replicate * self.layout.shard);
+        rows.div_ceil(self.config.train.micro_batch_rows)
+    }
+
+    /// A slice of logits, the head's input and its gradient, and the gradient of the matrix, once as
+    /// it is formed and once as it is handed on. The reference form also has the softmax, and the
+    /// newest slice's part of the gradient.
     fn loss_bytes(&self) -> f64 {
-        let slice = LOGITS_SLICE.min(self.tokens * self.vocab);
+        let logits = self.tokens * self.vocab;
         let hidden = 3.0 * self.tokens * self.hidden * self.compute_bytes;
-        5.0 * F32 * slice + hidden + 3.0 * F32 * self.vocab * self.hidden
+        let matrix = F32 * self.vocab * self.hidden;
+        match self.fused() {
+            true => 2.0 * FUSED_LOGITS_SLICE.min(logits) + hidden + 2.0 * matrix,
+            false => 5.0 * F32 * LOGITS_SLICE.min(logits) + hidden + 3.0 * matrix,
+        }
     }
 
     /// Gradients of activations and weights that are alive together in the MLP of one block.
     fn block_backward_bytes(&self) -> f64 {
-        // Fused: dZ, dgate, dup. The CPU's reference form also holds sigmoid, silu and slope.
-        let mlp = match self.on_cpu() {
-            true => 6.0 * F32,
-            false => 3.0 * self.compute_bytes,
+        // Z, dgate, dup, dx, and around the norm dy, dn, n. The CPU's reference form also holds sigmoid,
+        // silu and slope.
+        let (inner, outer) = match self.on_cpu() {
+            true => (6.0, 2.0),
+            false => (3.0, 4.0),
         };
-        let activations =
-            self.tokens * (self.intermediate * mlp + 2.0 * self.hidden * self.compute_bytes);
-        // Parts, and the same joined; once more where there is a sum to add them to.
-        let accumulates = f64::from(u8::from(self.config.train.micro_batches() > 1));
-        let gradients = (1.0 + accumulates) * F32 * self.largest_block;
+        let width = inner * self.intermediate + outer * self.hidden;
+        let activations = self.tokens * width * self.compute_bytes;
+        // Parts that are to be added; the first stay where they are, as the gradient. Where it is
+        // sharded: parts, these joined, and the block before on its way.
+        let buffers = match (self.sharded(), self.micro_batches() > 1) {
+            (true, _) => 3.0,
+            (false, true) => 1.0,
+            (false, false) => 0.0,
+        };
+        let gradients = buffers * F32 * self.largest_block();
         activations.max(self.attention_tile_bytes()) + gradients
     }
 
-    /// Scores of a tile of queries on the CPU: weights, scores and their gradients.
+    /// Scores of a tile of queries on the CPU: weights, scores and their gradients. Of several ranks,
+    /// the last sees the most keys.
     fn attention_tile_bytes(&self) -> f64 {
         if !self.on_cpu() {
             return 0.0;
@@ -253,11 +339,15 @@ impl<'a> Sizes<'a> {
         4.0 * F32 * (rows * ATTENTION_TILE.min(length) * keys) as f64
     }
 
-    /// The update of the largest unit: fused, its new weights and moments; on the CPU also the
-    /// intermediate terms of the formula.
+    /// The update of the largest unit: on the CPU the terms of the formula; fused, it is made in place,
+    /// unless learning rates differ within a unit.
     fn update(&self) -> Vec<MemoryItem> {
-        let buffers = if self.on_cpu() { 8.0 } else { 3.0 };
-        let bytes = buffers * F32 * self.largest_unit;
+        let buffers = match (self.on_cpu(), self.config.optimizer.overrides.is_empty()) {
+            (true, _) => 8.0,
+            (false, false) => 3.0,
+            (false, true) => 0.0,
+        };
+        let bytes = buffers * F32 * self.largest_unit() / self.layout.shard as f64;
         vec![item("update of the largest unit", bytes)]
     }
 }

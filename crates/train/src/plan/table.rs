@@ -3,14 +3,15 @@
 use std::fmt;
 
 use ttt_model::{ModelType, ParamGroup};
+use ttt_parallel::Layout;
 
-use super::{Plan, precision};
+use super::{Among, Plan, precision};
 use crate::config::{Activations, Config, DeviceKind, Precision};
 use crate::human::{count, flop, gib, grouped};
 
 /// Width of a table's names, and of its numbers.
-const NAME: usize = 46;
-const NUMBER: usize = 12;
+const NAME: usize = 52;
+const NUMBER: usize = 18;
 
 pub(super) fn describe_model(config: &Config) -> String {
     let model = &config.model;
@@ -102,21 +103,72 @@ impl fmt::Display for Plan {
         writeln!(f, "\nrun")?;
         row(f, "steps", grouped(self.steps))?;
         row(f, "tokens per step", grouped(self.tokens_per_step))?;
-        let rows = self.micro_batch_rows * self.micro_batches;
         let batch = format!(
             "rows of {} tokens per step, {} at once",
             grouped(self.sequence_length as u64),
             self.micro_batch_rows
         );
-        row(f, &batch, grouped(rows as u64))?;
+        row(f, &batch, grouped(self.rows as u64))?;
         row(f, "tokens", count(self.total_tokens() as f64))?;
         row(f, "arithmetic", flop(self.total_flops()))?;
+        let ranks = self.layout.ranks();
+        if ranks > 1 {
+            let each = self.total_flops() / ranks as f64;
+            row(f, "arithmetic of one device", flop(each))?;
+            let Layout {
+                replicate,
+                shard,
+                context,
+            } = self.layout;
+            let layout = format!("{replicate} x {shard} x {context}");
+            row(f, "devices, replicate x shard x context", layout)?;
+        }
 
         writeln!(f, "\nmemory on one device, estimated, GiB")?;
         for item in &self.memory.items {
             row(f, &item.name, format!("{:.2}", gib(item.bytes)))?;
         }
         let total = gib(self.memory.total_bytes());
-        write!(f, "  {:<NAME$}{:>NUMBER$}", "total", format!("{total:.2}"))
+        write!(f, "  {:<NAME$}{:>NUMBER$}", "total", format!("{total:.2}"))?;
+        match self.traffic.items.is_empty() {
+            true => Ok(()),
+            false => self.traffic_table(f),
+        }
+    }
+}
+
+impl Plan {
+    /// Bytes that a device sends, exactly.
+    fn traffic_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Layout {
+            replicate,
+            shard,
+            context,
+        } = self.layout;
+        writeln!(f, "\n\nbytes that one device sends in a step")?;
+        for item in &self.traffic.items {
+            let among = match item.among {
+                Among::Shard => format!("{shard} shards"),
+                Among::Replicas => format!("{} replicas", replicate * context),
+                Among::Context => format!("{context} parts of rows"),
+                Among::World => format!("all {}", self.layout.ranks()),
+            };
+            let name = format!("{}, {among}", item.name);
+            row(f, &name, grouped(item.bytes))?;
+            if let Some((bytes, layers)) = item.per_layer {
+                let name = format!("  in each of {layers} layers, once forward and back");
+                let name = match item.among {
+                    Among::Context => name,
+                    _ => format!("  in each of {layers} layers, once"),
+                };
+                row(f, &name, grouped(bytes))?;
+            }
+        }
+        write!(
+            f,
+            "  {:<NAME$}{:>NUMBER$}",
+            "total",
+            grouped(self.traffic.bytes())
+        )
     }
 }

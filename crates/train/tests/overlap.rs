@@ -1,0 +1,117 @@
+//! Exchanges of shards are begun before they are needed, and no more of them at a time than the plan
+//! of memory counts.
+
+mod common;
+
+use std::sync::{Arc, Mutex};
+
+use burn::tensor::{DType, Device};
+use common::{Watched, layout, on_ranks};
+use ttt_data::Row;
+use ttt_kernels::ContextSettings;
+use ttt_model::Unit;
+use ttt_parallel::Mesh;
+use ttt_train::config::{Activations, Config};
+use ttt_train::init::initial_values;
+use ttt_train::step::{MicroBatch, Model, RopeCache};
+use ttt_train::units::UnitState;
+
+/// Three plain layers, so that every unit is one exchange.
+fn config(tied: bool) -> Config {
+    let text = format!(
+        "run.dir = \"run\"\ndata.path = \"data\"\n\
+         train = {{ steps = 1, sequence_length = 8, batch_tokens = 8 }}\n\
+         optimizer.lr = 1e-3\n\
+         [model]\nmodel_type = \"llama\"\nvocab_size = 17\nhidden_size = 8\n\
+         intermediate_size = 8\nnum_hidden_layers = 3\nnum_attention_heads = 1\n\
+         tie_word_embeddings = {tied}\n"
+    );
+    Config::parse(&text, "test".as_ref(), &[]).expect("a configuration")
+}
+
+/// What one pass does, in order: `G` a gather is begun, `g` waited for; `S` and `s` the same of a
+/// gradient's way back; with the last wait, by the update, at the end.
+fn exchanges(tied: bool, activations: Activations) -> String {
+    let config = config(tied);
+    let logs = on_ranks(layout([1, 2, 1]), |mesh| {
+        let log = Arc::new(Mutex::new(String::new()));
+        let write = |letters: [char; 2]| {
+            let log = log.clone();
+            move |operation: &str| {
+                log.lock().expect("no panic").push(match operation {
+                    "all_gather" => letters[0],
+                    _ => letters[1],
+                });
+            }
+        };
+        let begun = write(['G', 'S']);
+        let mesh = Mesh {
+            shard: Arc::new(Watched {
+                inner: mesh.shard.clone(),
+                before: Box::new(move |operation, _| {
+                    begun(operation);
+                    Ok(())
+                }),
+                waited: Some(Arc::new(write(['g', 's']))),
+            }),
+            ..mesh
+        };
+        let device = Device::flex();
+        let unit = |unit| {
+            let values = |spec: &_| Ok::<_, std::convert::Infallible>(initial_values(spec, 1));
+            UnitState::new(&config.model, unit, &mesh, &device, values).expect("infallible")
+        };
+        let mut model = Model {
+            config: config.model.clone(),
+            units: Unit::all(&config.model).into_iter().map(unit).collect(),
+            compute: DType::F32,
+            device: device.clone(),
+            rope: RopeCache::default(),
+            context: ContextSettings::default(),
+        };
+        let row = Row {
+            input_ids: (0..8).collect(),
+            labels: (1..9).collect(),
+            document_starts: vec![0],
+        };
+        let micro = MicroBatch::new(&[row], &mesh, &device).expect("a batch");
+        let pass = model.accumulate(&micro, 0.1, activations, &mesh);
+        pass.expect("all ranks");
+        for unit in &mut model.units {
+            unit.take_gradient(&mesh).expect("all ranks");
+        }
+        let log = log.lock().expect("no panic");
+        log.clone()
+    });
+    assert_eq!(logs[0], logs[1]);
+    logs[0].clone()
+}
+
+#[test]
+fn units_are_gathered_ahead_and_gradients_return_behind() {
+    // The embedding; each block and the head while the unit before them runs.
+    let forward = "Gg G gG gG gG";
+    // The last block while the head runs; each block while the one behind it runs. A gradient is
+    // waited for when the next one is ready.
+    let recompute = "gG S gG sS gG sS g sS sS s";
+    let keep = "g S sS sS sS sS s";
+    let pass = |parts: [&str; 2]| parts.concat().replace(' ', "");
+    let seen = exchanges(false, Activations::Recompute);
+    assert_eq!(seen, pass([forward, recompute]));
+    assert_eq!(exchanges(false, Activations::Keep), pass([forward, keep]));
+    // A tied embedding is gathered once more, with the head, and has two gradients.
+    let tied = "Gg G gG gG gGG g gG S sS gG sS gG sS g sS sS s";
+    assert_eq!(exchanges(true, Activations::Recompute), pass([tied, ""]));
+
+    let mut open = [0i32; 2];
+    for letter in seen.chars() {
+        match letter {
+            'G' => open[0] += 1,
+            'g' => open[0] -= 1,
+            'S' => open[1] += 1,
+            _ => open[1] -= 1,
+        }
+        assert!(open.iter().all(|&count| (0..=1).contains(&count)), "{seen}");
+    }
+    assert_eq!(open, [0, 0]);
+}

@@ -1,0 +1,288 @@
+//! Plans for several devices: what ranks really send, memory added up by hand, and proposals.
+
+mod common;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use burn::tensor::{DType, Device};
+use common::{Watched, layout, on_ranks};
+use ttt_data::Row;
+use ttt_kernels::ContextSettings;
+use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
+use ttt_model::Unit;
+use ttt_parallel::{Mesh, ProcessGroup};
+use ttt_train::config::{Config, OnBadGradient};
+use ttt_train::device::compute_dtype;
+use ttt_train::init::initial_values;
+use ttt_train::optimizer::{Updater, scalar};
+use ttt_train::plan::{Among, Gpus, Plan, PlanError, Traffic, propose};
+use ttt_train::step::{MicroBatch, Model, RopeCache};
+use ttt_train::units::UnitState;
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+fn tiny(sets: &[&str]) -> Config {
+    let text = "run.dir = \"run\"\ndata.path = \"data\"\n\
+        train = { steps = 1, sequence_length = 48, batch_tokens = 384, micro_batch_rows = 2 }\n\
+        optimizer.lr = 1e-3\n\
+        [model]\nmodel_type = \"qwen3\"\nvocab_size = 67\nhidden_size = 16\n\
+        intermediate_size = 24\nnum_hidden_layers = 3\nnum_attention_heads = 4\n\
+        num_key_value_heads = 2\nhead_dim = 8\n\
+        [model.ttt]\nenabled = true\nlayers = [0, 2]\nchunk = 4\n";
+    let sets: Vec<String> = sets.iter().map(ToString::to_string).collect();
+    Config::parse(text, "test".as_ref(), &sets).expect("a configuration")
+}
+
+/// Bytes that groups of each kind were asked to send.
+#[derive(Debug, Default)]
+struct Counts([Arc<AtomicU64>; 4]);
+
+const KINDS: [Among; 4] = [Among::Shard, Among::Replicas, Among::Context, Among::World];
+
+impl Counts {
+    fn watch(&self, kind: Among, inner: Arc<dyn ProcessGroup>) -> Arc<dyn ProcessGroup> {
+        let at = KINDS.iter().position(|of| *of == kind).expect("a kind");
+        let count = self.0[at].clone();
+        Arc::new(Watched {
+            inner,
+            before: Box::new(move |_, bytes| {
+                count.fetch_add(bytes, Ordering::Relaxed);
+                Ok(())
+            }),
+            waited: None,
+        })
+    }
+
+    fn of(&self) -> [u64; 4] {
+        self.0.each_ref().map(|count| count.load(Ordering::Relaxed))
+    }
+}
+
+/// One step of the program on one rank.
+fn step(config: &Config, context: ContextSettings, mesh: &Mesh) {
+    let device = Device::flex();
+    let unit = |unit| {
+        let values = |spec: &_| Ok::<_, std::convert::Infallible>(initial_values(spec, 1));
+        UnitState::new(&config.model, unit, mesh, &device, values).expect("infallible")
+    };
+    let mut model = Model {
+        config: config.model.clone(),
+        units: Unit::all(&config.model).into_iter().map(unit).collect(),
+        compute: compute_dtype(config.run.device, config.train.compute),
+        device: device.clone(),
+        rope: RopeCache::default(),
+        context,
+    };
+    let skip = OnBadGradient::Skip;
+    let mut updater = Updater::new(&config.optimizer, skip, None, DType::F32, 0.0, &device);
+    let row = Row {
+        input_ids: (0..48).map(|i| i % 67).collect(),
+        labels: (1..49).map(|i| i % 67).collect(),
+        document_starts: vec![0],
+    };
+    let rows = vec![row; config.train.batch_rows() / mesh.data_size()];
+    let mut loss = scalar(0.0, &device);
+    for rows in rows.chunks(config.train.micro_batch_rows) {
+        let micro = MicroBatch::new(rows, mesh, &device).expect("a batch");
+        let pass = model.accumulate(&micro, 0.01, config.train.activations, mesh);
+        loss = loss + pass.expect("all ranks").loss;
+    }
+    let labelled = mesh
+        .all_reduce_sum(scalar(1.0, &device))
+        .expect("all ranks");
+    mesh.all_reduce_sum(loss).expect("all ranks");
+    let updated = updater.update(&mut model.units, labelled, 1e-3, 0, mesh);
+    updated.expect("all ranks");
+}
+
+/// Every byte of the plan is sent, and no other.
+#[test]
+fn ranks_send_what_the_plan_says() {
+    let window = "model.sliding_window=20";
+    let cases: [(&[&str], ContextSettings); 7] = [
+        (&[window], ContextSettings::default()),
+        (
+            &[
+                window,
+                "train.activations=recompute",
+                "train.micro_batch_rows=1",
+            ],
+            ContextSettings {
+                payload: Payload::Bf16,
+                ..ContextSettings::default()
+            },
+        ),
+        (
+            &["model.tie_word_embeddings=true"],
+            ContextSettings {
+                states: StateExchange::Chain,
+                attention: AttentionExchange::Keys,
+                ..ContextSettings::default()
+            },
+        ),
+        (
+            &[
+                "model.tie_word_embeddings=true",
+                "train.activations=recompute",
+            ],
+            ContextSettings {
+                states: StateExchange::AllGather,
+                attention: AttentionExchange::Auto,
+                ..ContextSettings::default()
+            },
+        ),
+        (&["model.sliding_window=5"], ContextSettings::default()),
+        (&["model.ttt.enabled=false"], ContextSettings::default()),
+        (&[window, "train.compute=bf16"], ContextSettings::default()),
+    ];
+    for (sets, context) in cases {
+        let config = tiny(sets);
+        for shape in [
+            [1, 1, 1],
+            [1, 2, 1],
+            [1, 3, 1],
+            [2, 1, 1],
+            [1, 1, 2],
+            [1, 1, 4],
+            [2, 2, 1],
+            [1, 2, 2],
+            [2, 2, 2],
+        ] {
+            if !config
+                .train
+                .batch_rows()
+                .is_multiple_of(shape[0] * shape[1])
+            {
+                continue;
+            }
+            on_ranks(layout(shape), |mesh| {
+                let counts = Counts::default();
+                let watched = Mesh {
+                    world: counts.watch(Among::World, mesh.world.clone()),
+                    replicate: counts.watch(Among::Replicas, mesh.replicate.clone()),
+                    shard: counts.watch(Among::Shard, mesh.shard.clone()),
+                    context: counts.watch(Among::Context, mesh.context.clone()),
+                    replicas: counts.watch(Among::Replicas, mesh.replicas.clone()),
+                };
+                step(&config, context, &watched);
+                let plan = Traffic::of(&config, layout(shape), &context, mesh.context.rank());
+                let planned = KINDS.map(|kind| plan.bytes_among(kind));
+                let rank = mesh.world.rank();
+                assert_eq!(counts.of(), planned, "{sets:?} on {shape:?}, rank {rank}");
+            });
+        }
+    }
+}
+
+fn items(plan: &Plan) -> Vec<(&str, f64)> {
+    let items = plan.memory.items.iter();
+    items.map(|item| (item.name.as_str(), item.bytes)).collect()
+}
+
+/// Weights and traffic of a sharded model, added up by hand.
+#[test]
+fn sharded_weights_by_hand() {
+    let config = tiny(&["train.activations=recompute", "model.sliding_window=5"]);
+    // Embedding 67 · 16; block: q 32 · 16, k and v 16 · 16, o 16 · 32, three of 24 · 16, norms 2 · 16 and
+    // 2 · 8; of those that learn also W_t 16 · 16 and 5 taps of 16; head 67 · 16 and 16.
+    let (embedding, plain, head) = (1072, 2 * 512 + 2 * 256 + 3 * 384 + 48, 1088);
+    let learning = plain + 256 + 80;
+    let plan = Plan::on(&config, layout([1, 4, 1]), &ContextSettings::default());
+    // No unit needs padding: all are multiples of 4.
+    let shard = f64::from(embedding + plain + 2 * learning + head) / 4.0;
+    let items = items(&plan);
+    assert_eq!(items[0], ("master weights, f32", 4.0 * shard));
+    assert_eq!(items[1], ("AdamW moments, 2 x f32", 8.0 * shard));
+    assert_eq!(items[2], ("gradients, f32", 4.0 * shard));
+    let pair = f64::from(plain + learning);
+    assert_eq!(items[3].0, "gathered weights, f32");
+    assert!(
+        (items[3].1 / (4.0 * pair) - 1.0).abs() < 1e-12,
+        "{:?}",
+        items[3]
+    );
+    // 8 rows, 2 per rank, 2 at once: every shard goes to three others, those of blocks twice.
+    let all = u64::from(
+        3 * 4
+            * (embedding as u32 / 4
+                + 2 * (plain as u32 + 2 * learning as u32) / 4
+                + head as u32 / 4),
+    );
+    let gather = &plan.traffic.items[0];
+    assert_eq!((gather.name, gather.bytes), ("parameters, all-gather", all));
+    assert_eq!(gather.per_layer, Some((3 * 4 * learning as u64 / 4, 3)));
+}
+
+fn shipped(name: &str, sets: &[&str]) -> Config {
+    let sets: Vec<String> = sets.iter().map(ToString::to_string).collect();
+    let configs = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+    Config::load(&configs.join(format!("{name}.toml")), &sets).expect("a configuration")
+}
+
+fn gpus(count: usize, gib: f64) -> Gpus {
+    let memory_bytes = gib * GIB;
+    Gpus {
+        count,
+        memory_bytes,
+    }
+}
+
+#[test]
+fn proposals() {
+    let context = ContextSettings::default();
+    let proposed = |config: &Config, gpus| propose(config, gpus, None, &context).expect("a layout");
+    // A small model is only replicated.
+    let small = proposed(&shipped("500m", &[]), gpus(8, 80.0));
+    assert_eq!(small.plan.layout, layout([8, 1, 1]), "{small}");
+    // 16 bytes a parameter of 14.9 billion do not fit one GPU, nor two of 80 GiB.
+    let large = shipped("14b", &[]);
+    let two = proposed(&large, gpus(2, 139.0));
+    assert_eq!(two.plan.layout.shard, 2, "{two}");
+    let text = two.to_string();
+    for part in [
+        "shard = 2",
+        "why:",
+        "shard 1 would need",
+        "all-gather",
+        "total",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let refused = propose(&large, gpus(2, 80.0), None, &context).expect_err("too large");
+    assert!(matches!(refused, PlanError::Memory { .. }), "{refused}");
+    let text = refused.to_string();
+    assert!(
+        text.contains("4 of these GPUs would do") && text.contains("GiB would do"),
+        "{text}"
+    );
+    // One row of a step for eight GPUs: it must be shared.
+    let one_row = ["train.batch_tokens=32768", "train.micro_batch_rows=1"];
+    let shared = proposed(&shipped("500m", &one_row), gpus(8, 80.0));
+    assert_eq!(shared.plan.layout.context, 8, "{shared}");
+}
+
+#[test]
+fn given_layouts_are_taken_or_refused() {
+    let context = ContextSettings::default();
+    let config = shipped("500m", &[]);
+    let given = |shape, count| propose(&config, gpus(count, 80.0), Some(layout(shape)), &context);
+    let taken = given([2, 2, 2], 8).expect("a layout");
+    assert_eq!(taken.plan.layout, layout([2, 2, 2]));
+    assert_eq!(taken.config, config);
+    let refused = given([2, 2, 2], 4).expect_err("eight ranks").to_string();
+    assert!(refused.contains("--gpus says 4"), "{refused}");
+    let refused = given([7, 1, 1], 7)
+        .expect_err("seven do not divide")
+        .to_string();
+    assert!(
+        refused.contains("replicate 7") && refused.contains("train.batch_tokens"),
+        "{refused}"
+    );
+    let refused = given([1, 1, 3], 3).expect_err("nor a row").to_string();
+    assert!(refused.contains("parallel.context"), "{refused}");
+    let cpu = shipped("quickstart", &[]);
+    let refused = propose(&cpu, gpus(2, 80.0), None, &context).expect_err("no GPU");
+    assert!(refused.to_string().contains("run.device=cuda"), "{refused}");
+}
