@@ -8,6 +8,7 @@ mod host;
 mod mailbox;
 mod mesh;
 mod single;
+pub mod tcp;
 pub mod threads;
 
 pub use group::{CommError, Pending, ProcessGroup, Receive, part_of};
