@@ -22,7 +22,7 @@ use run::{Run, gib, join, round};
 
 pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let kind = DeviceKind::from(args.device);
-    let device = device::open(kind)?;
+    let device = device::open(kind, 0)?;
     if args.profile {
         let run = Run {
             preset: args.preset.unwrap_or(Preset::M500),

@@ -7,7 +7,7 @@ mod mirror;
 mod system;
 
 pub use compare::{Comparison, Op, compare};
-pub use system::{Finding, bandwidth, system};
+pub use system::{Finding, bandwidth, gpu_count, system};
 
 use burn::tensor::Device;
 

@@ -223,15 +223,26 @@ fn read_all(
     }
 }
 
+/// Hears of a failure while the program may be waiting for something else.
+#[derive(Debug)]
+pub struct Watch(Arc<Mailbox<(WireType, Vec<u8>)>>);
+
+impl Watch {
+    /// Waits until the run cannot go on, and tells why; `None` once this rank has ended in order.
+    pub fn wait(&self) -> Option<String> {
+        self.0.wait_for_failure()
+    }
+}
+
 impl Tcp {
     /// Why the run cannot go on, if so.
     pub fn failure(&self) -> Option<String> {
         self.mailbox.failure()
     }
 
-    /// Waits until the run cannot go on, and tells why; `None` once this rank has ended in order.
-    pub fn wait_for_failure(&self) -> Option<String> {
-        self.mailbox.wait_for_failure()
+    /// What waits for a failure beside the program.
+    pub fn watch(&self) -> Watch {
+        Watch(self.mailbox.clone())
     }
 
     /// Tells all others that this rank ends because of `reason`. Where another's failure is the

@@ -126,7 +126,7 @@ fn a_rank_that_fails_says_why() {
                 let error = error.to_string();
                 let says = "rank 1 failed: no space left on device";
                 assert!(error.contains(says), "{error}");
-                assert_eq!(group.transport().wait_for_failure().as_deref(), Some(says));
+                assert_eq!(group.transport().watch().wait().as_deref(), Some(says));
             });
         }
     });
