@@ -50,6 +50,8 @@ pub fn train(config: &Config, resume: &Resume, place: &Place) -> Result<(), Trai
     let signals = Signals::install().map_err(TrainError::io("listen for", "signals".as_ref()))?;
     let mut ranks = Ranks::meet(place, config, &format!("{resume:?}"))?;
     let done = train_on(config, resume, &signals, &mut ranks);
+    // Nobody takes its connections away while another still receives.
+    let done = done.and_then(|()| Ok(ranks.barrier()?));
     if let Err(error) = &done {
         ranks.tell(error);
     }

@@ -253,6 +253,8 @@ impl Tcp {
             None => format!("rank {} failed: {reason}", self.rank),
         };
         self.part(|| Letter::Failed(reason.chars().take(4096).collect()));
+        // Whatever of this process still waits ends too.
+        self.mailbox.fail(reason);
     }
 
     /// Sends everyone a last letter and waits until it is on its way.
