@@ -9,6 +9,7 @@ use ttt_train::interop::ExportDtype;
 use ttt_train::run::Resume;
 
 use crate::gpu::BenchArgs;
+use crate::ranks::{DoctorArgs, LaunchArgs};
 
 /// Pretrain, resume, evaluate and sample In-Place Test-Time-Training language models.
 #[derive(Debug, Parser)]
@@ -22,6 +23,8 @@ pub struct Args {
 pub enum Command {
     /// Train the model that a configuration describes.
     Train(TrainArgs),
+    /// Start the ranks of this host: ttt launch --nproc 2 -- train CONFIG.
+    Launch(LaunchArgs),
     /// Tell what a run will take: parameters, FLOP, tokens, memory. Needs no device.
     Plan(PlanArgs),
     /// Continue prompts with a trained model.
@@ -36,7 +39,7 @@ pub enum Command {
     #[command(subcommand)]
     Data(DataCommand),
     /// What GPU and libraries are here, and whether every operation computes what it should.
-    Doctor,
+    Doctor(DoctorArgs),
     /// Rates of single operations and of training steps, one JSON line each.
     Bench(BenchArgs),
 }
@@ -201,7 +204,7 @@ fn fraction(text: &str) -> Result<f64, String> {
     }
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(value) if value > 0 => Ok(value),
         _ => Err("expected a whole number, 1 or more".into()),

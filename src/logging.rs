@@ -1,13 +1,20 @@
-//! Log lines on stderr, above the live progress line; `RUST_LOG` chooses which.
+//! Log lines on stderr, above the live progress line, or in a rank's own file; `RUST_LOG` chooses which.
 
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 use tracing_subscriber::EnvFilter;
+use ttt_parallel::Place;
 use ttt_train::progress::above_live_line;
 
 /// Where `RUST_LOG` says nothing: our own notes, and others' warnings.
 const DEFAULT: &str = "warn,ttt=info";
+
+/// Where lines go instead of stderr.
+static RANK_FILE: Mutex<Option<File>> = Mutex::new(None);
 
 /// Begins to log.
 pub fn start() -> anyhow::Result<()> {
@@ -26,12 +33,31 @@ pub fn start() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// stderr with the live line out of the way.
+/// Rank 0 speaks; the log lines of another rank go to `logs/rank-N.log` in `run_dir` from now on.
+pub fn of_rank(place: &Place, run_dir: &Path) -> anyhow::Result<()> {
+    if place.rank == 0 {
+        return Ok(());
+    }
+    let dir = run_dir.join("logs");
+    fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let path = dir.join(format!("rank-{}.log", place.rank));
+    // A resumed run goes on in the file, as it does in its metrics.
+    let file = OpenOptions::new().create(true).append(true).open(&path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    *RANK_FILE.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+    Ok(())
+}
+
+/// The rank's file, or stderr with the live line out of the way.
 struct Above;
 
 impl Write for Above {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        above_live_line(|| io::stderr().write(bytes))
+        let mut file = RANK_FILE.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *file {
+            Some(file) => file.write(bytes),
+            None => above_live_line(|| io::stderr().write(bytes)),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {

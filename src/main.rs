@@ -5,6 +5,7 @@ mod data;
 mod gpu;
 mod logging;
 mod model;
+mod ranks;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -24,7 +25,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::from(BROKEN_PIPE),
         Err(error) => {
-            eprintln!("error: {}", with_causes(error.as_ref()));
+            let text = with_causes(error.as_ref());
+            if let Some(line) = model::told_by_rank(&error, &text) {
+                eprintln!("error: {line}");
+            }
             ExitCode::from(2)
         }
     }
@@ -33,13 +37,15 @@ fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Train(args) => model::train(&args),
+        Command::Launch(args) => ranks::launch(&args),
         Command::Plan(args) => model::plan(&args),
         Command::Generate(args) => model::generate(&args),
         Command::Export(args) => model::export(&args),
         Command::Import(args) => model::import(&args),
         Command::Eval(args) => model::eval(&args),
         Command::Data(DataCommand::Build(args)) => data::build(&args),
-        Command::Doctor => gpu::doctor(),
+        Command::Doctor(args) if args.ranks => ranks::check(&args),
+        Command::Doctor(_) => gpu::doctor(),
         Command::Bench(args) => gpu::bench(&args),
         Command::Data(DataCommand::Tokenizer(args)) => data::tokenizer(&args),
         Command::Data(DataCommand::Inspect(args)) => data::inspect(&args),

@@ -2,7 +2,8 @@
 
 use std::io::{Write, stdout};
 
-use ttt_kernels::ContextSettings;
+use ttt_parallel::{CommError, Place};
+use ttt_train::TrainError;
 use ttt_train::checkpoint;
 use ttt_train::config::Config;
 use ttt_train::generate::chat::{ChatTemplate, Message};
@@ -13,16 +14,58 @@ use ttt_train::interop::{ExportOptions, export as export_checkpoint, import as i
 use ttt_train::open::Opened;
 use ttt_train::plan::{Gpus, Plan, propose};
 
+use crate::logging;
+use crate::ranks::end_with_launcher;
+
 use crate::args::{EvalArgs, ExportArgs, GenerateArgs, ImportArgs, PlanArgs, TrainArgs};
 
 pub fn train(args: &TrainArgs) -> anyhow::Result<()> {
     let config = Config::load(&args.config.config, &args.config.sets)?;
-    Ok(ttt_train::run::train(&config, &args.resume)?)
+    let place = Place::of_process()?;
+    end_with_launcher()?;
+    logging::of_rank(&place, &config.run.dir)?;
+    let trained = ttt_train::run::train(&config, &args.resume, &place);
+    trained.map_err(|error| RankError { place, error }.into())
+}
+
+/// An error of one rank of several.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+struct RankError {
+    place: Place,
+    #[source]
+    error: TrainError,
+}
+
+/// What stderr is to hear of an error: of several ranks only one repeats that another is lost. The
+/// rank's own log has it in any case.
+pub fn told_by_rank(error: &anyhow::Error, text: &str) -> Option<String> {
+    let Some(RankError { place, error }) = error.downcast_ref() else {
+        return Some(text.into());
+    };
+    let (rank, size) = (place.rank, place.size);
+    if rank > 0 {
+        tracing::error!("{text}");
+    }
+    let own = match error {
+        TrainError::OtherRank { .. } => false,
+        TrainError::Comm(CommError::Failed { reason, .. }) => {
+            // The first who is not the lost one itself.
+            rank == 1 && reason.starts_with("rank 0 is lost")
+        }
+        _ => true,
+    };
+    match (rank, own) {
+        (0, _) => Some(text.into()),
+        (_, true) if text.starts_with("rank ") => Some(text.into()),
+        (_, true) => Some(format!("rank {rank} of {size}: {text}")),
+        (_, false) => None,
+    }
 }
 
 pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     let config = Config::load(&args.config.config, &args.config.sets)?;
-    let context = ContextSettings::default();
+    let context = config.parallel.context_settings();
     match args.gpus {
         None => println!("{}", Plan::new(&config)),
         Some(count) => {
@@ -31,7 +74,11 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
                 count,
                 memory_bytes,
             };
-            println!("{}", propose(&config, gpus, None, &context)?);
+            let given = match config.parallel.asks() {
+                true => Some(config.parallel.layout(count)?),
+                false => None,
+            };
+            println!("{}", propose(&config, gpus, given, &context)?);
         }
     }
     Ok(())

@@ -15,7 +15,7 @@ pub fn doctor() -> anyhow::Result<()> {
     if !fine {
         bail!("something that training on a GPU needs is missing");
     }
-    let device = device::open(DeviceKind::Cuda)?;
+    let device = device::open(DeviceKind::Cuda, 0)?;
     if !doctor::check(&device, |comparison| println!("{comparison}")) {
         bail!("an operation on this GPU disagrees with its reference: do not train with it");
     }

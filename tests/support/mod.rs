@@ -106,6 +106,14 @@ rows = 4
         assert!(output.status.success(), "{}", stderr(&output));
     }
 
+    /// `ttt launch --nproc COUNT -- train config.toml ARGS`.
+    pub fn launch(&self, count: usize, args: &[&str]) -> Command {
+        let count = count.to_string();
+        let mut all = vec!["launch", "--nproc", &count, "--", "train", "config.toml"];
+        all.extend(args);
+        self.ttt(&all)
+    }
+
     /// Starts training and waits until step `step` is in the metrics.
     pub fn train_until(&self, step: usize) -> Child {
         let mut child = self
@@ -114,6 +122,12 @@ rows = 4
             .stderr(Stdio::null())
             .spawn()
             .expect("run ttt");
+        self.wait_until(step, &mut child);
+        child
+    }
+
+    /// Waits until `child` has brought step `step` into the metrics.
+    pub fn wait_until(&self, step: usize, child: &mut Child) {
         let begun = Instant::now();
         while self.steps().len() < step {
             assert!(begun.elapsed() < Duration::from_secs(120), "training hangs");
@@ -123,7 +137,6 @@ rows = 4
             );
             std::thread::sleep(Duration::from_millis(5));
         }
-        child
     }
 
     /// The step lines of `metrics.jsonl`, without what depends on the clock or the machine.
@@ -182,8 +195,13 @@ pub fn state(checkpoint: &Path) -> Vec<Vec<u8>> {
 
 /// Sends a signal.
 pub fn signal(child: &Child, name: &str) {
+    signal_id(child.id(), name);
+}
+
+/// Sends a signal to a process of this number.
+pub fn signal_id(id: u32, name: &str) {
     let status = Command::new("kill")
-        .args([&format!("-{name}"), &child.id().to_string()])
+        .args([&format!("-{name}"), &id.to_string()])
         .status()
         .expect("run kill");
     assert!(status.success());

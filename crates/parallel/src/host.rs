@@ -25,13 +25,13 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// The number above those of all groups that this rank is in.
     fn next_group(&self) -> &AtomicU32;
 
-    /// Sends a tensor; `to` may be this rank.
+    /// Sends a tensor to each of `to`, which may hold this rank.
     ///
     /// # Errors
     /// With what went wrong.
     fn send(
         &self,
-        to: usize,
+        to: &[usize],
         group: u32,
         operation: Operation,
         tensor: Tensor<1>,
@@ -98,9 +98,16 @@ impl<T: Transport> HostGroup<T> {
     }
 
     fn send(&self, operation: Operation, to: usize, tensor: Tensor<1>) -> Result<(), CommError> {
-        let sent = self
-            .transport
-            .send(self.members[to], self.id, operation, tensor);
+        let to = [self.members[to]];
+        let sent = self.transport.send(&to, self.id, operation, tensor);
+        sent.map_err(|reason| self.failed(operation, reason))
+    }
+
+    /// The same tensor to all others.
+    fn send_all(&self, operation: Operation, tensor: Tensor<1>) -> Result<(), CommError> {
+        let others = self.members.iter().copied();
+        let others: Vec<usize> = others.filter(|&m| m != self.members[self.place]).collect();
+        let sent = self.transport.send(&others, self.id, operation, tensor);
         sent.map_err(|reason| self.failed(operation, reason))
     }
 
@@ -120,43 +127,49 @@ impl<T: Transport> HostGroup<T> {
         Ok(tensor)
     }
 
-    /// Sends tensor i to rank i and receives one of `len` elements from each; this rank's own comes
-    /// back as it is.
+    /// Sends tensor i to rank i and receives one of `len` elements from each.
     fn swap(
         &self,
         operation: Operation,
         tensors: Vec<Tensor<1>>,
         len: usize,
     ) -> Result<Vec<Tensor<1>>, CommError> {
-        let (dtype, device) = (tensors[0].dtype(), tensors[0].device());
-        let mut own = None;
+        let own = tensors[self.place].clone();
         for (to, tensor) in tensors.into_iter().enumerate() {
-            match to == self.place {
-                true => own = Some(tensor),
-                false => self.send(operation, to, tensor)?,
+            if to != self.place {
+                self.send(operation, to, tensor)?;
             }
         }
-        let mut own = own.into_iter();
-        (0..self.size())
-            .map(|from| match from == self.place {
-                true => Ok(own.next().expect("one tensor for each rank")),
-                false => self.receive(
-                    operation,
-                    &Receive {
-                        from,
-                        len,
-                        dtype,
-                        device: device.clone(),
-                    },
-                ),
-            })
-            .collect()
+        self.collect(operation, own, |_| len)
     }
 
     /// One tensor of all ranks: `[n]` → size times `[n]`.
     fn gather(&self, operation: Operation, tensor: Tensor<1>) -> Result<Vec<Tensor<1>>, CommError> {
         let len = tensor.dims()[0];
-        self.swap(operation, vec![tensor; self.size()], len)
+        self.send_all(operation, tensor.clone())?;
+        self.collect(operation, tensor, |_| len)
+    }
+
+    /// One tensor from each rank, of `len(rank)` elements; this rank's own is `own`.
+    fn collect(
+        &self,
+        operation: Operation,
+        own: Tensor<1>,
+        len: impl Fn(usize) -> usize,
+    ) -> Result<Vec<Tensor<1>>, CommError> {
+        let (dtype, device) = (own.dtype(), own.device());
+        let due = |from| Receive {
+            from,
+            len: len(from),
+            dtype,
+            device: device.clone(),
+        };
+        (0..self.size())
+            .map(|from| match from == self.place {
+                true => Ok(own.clone()),
+                false => self.receive(operation, &due(from)),
+            })
+            .collect()
     }
 
     /// `tensor` in equal parts, one for each rank.
@@ -231,25 +244,9 @@ impl<T: Transport> ProcessGroup for HostGroup<T> {
         let range = |i: usize| i * len / size..(i + 1) * len / size;
         let parts = (0..size).map(|i| tensor.clone().slice([range(i)]));
         let own = sum(self.swap(operation, parts.collect(), range(self.place).len())?);
-        let (dtype, device) = (own.dtype(), own.device());
-        for to in (0..size).filter(|&to| to != self.place) {
-            self.send(operation, to, own.clone())?;
-        }
-        let whole: Result<Vec<_>, _> = (0..size)
-            .map(|from| match from == self.place {
-                true => Ok(own.clone()),
-                false => self.receive(
-                    operation,
-                    &Receive {
-                        from,
-                        len: range(from).len(),
-                        dtype,
-                        device: device.clone(),
-                    },
-                ),
-            })
-            .collect();
-        Ok(Tensor::cat(whole?, 0))
+        self.send_all(operation, own.clone())?;
+        let whole = self.collect(operation, own, |from| range(from).len())?;
+        Ok(Tensor::cat(whole, 0))
     }
 
     fn all_gather(&self, shard: Tensor<1>) -> Result<Tensor<1>, CommError> {
@@ -272,9 +269,7 @@ impl<T: Transport> ProcessGroup for HostGroup<T> {
         let operation = Operation::Broadcast;
         self.check(operation, root)?;
         if root == self.place {
-            for to in (0..self.size()).filter(|&to| to != root) {
-                self.send(operation, to, tensor.clone())?;
-            }
+            self.send_all(operation, tensor.clone())?;
             return Ok(tensor);
         }
         let due = Receive {

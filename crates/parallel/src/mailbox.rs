@@ -1,6 +1,6 @@
 //! What has arrived from other ranks and not yet been taken.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -26,6 +26,18 @@ pub enum Operation {
 }
 
 impl Operation {
+    /// All of them; an operation's place here is its number on the wire.
+    pub const ALL: [Self; 8] = [
+        Self::AllReduce,
+        Self::AllGather,
+        Self::ReduceScatter,
+        Self::AllToAll,
+        Self::Broadcast,
+        Self::Exchange,
+        Self::Barrier,
+        Self::Split,
+    ];
+
     /// Its name in messages.
     pub fn name(self) -> &'static str {
         match self {
@@ -59,6 +71,10 @@ struct State<P> {
     letters: HashMap<(u32, usize), VecDeque<(Operation, P)>>,
     /// The first failure of any rank: the run cannot go on.
     failed: Option<String>,
+    /// Ranks that ended in order: only who waits for one of them fails.
+    ended: BTreeMap<usize, String>,
+    /// This rank has ended.
+    closed: bool,
 }
 
 impl<P> Default for Mailbox<P> {
@@ -67,6 +83,8 @@ impl<P> Default for Mailbox<P> {
             state: Mutex::new(State {
                 letters: HashMap::new(),
                 failed: None,
+                ended: BTreeMap::new(),
+                closed: false,
             }),
             changed: Condvar::new(),
         }
@@ -99,7 +117,7 @@ impl<P> Mailbox<P> {
             {
                 return Ok(letter);
             }
-            if let Some(reason) = &state.failed {
+            if let Some(reason) = state.failed.as_ref().or(state.ended.get(&from)) {
                 return Err(reason.clone());
             }
             let waited = self.changed.wait(state);
@@ -111,5 +129,34 @@ impl<P> Mailbox<P> {
     pub fn fail(&self, reason: String) {
         self.lock().failed.get_or_insert(reason);
         self.changed.notify_all();
+    }
+
+    /// Says that rank `rank` sends nothing any more.
+    pub fn end(&self, rank: usize, reason: String) {
+        self.lock().ended.insert(rank, reason);
+        self.changed.notify_all();
+    }
+
+    /// Says that nothing more is sent or received here.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until the run cannot go on, and tells why; `None` once this rank has closed.
+    pub fn wait_for_failure(&self) -> Option<String> {
+        let mut state = self.lock();
+        loop {
+            if state.closed || state.failed.is_some() {
+                return state.failed.clone().filter(|_| !state.closed);
+            }
+            let waited = self.changed.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Why the run cannot go on, if so.
+    pub fn failure(&self) -> Option<String> {
+        self.lock().failed.clone()
     }
 }

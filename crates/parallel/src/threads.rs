@@ -105,7 +105,7 @@ impl Transport for Threads {
 
     fn send(
         &self,
-        to: usize,
+        to: &[usize],
         group: u32,
         operation: Operation,
         tensor: Tensor<1>,
@@ -115,7 +115,9 @@ impl Transport for Threads {
             true => tensor.inner(),
             false => tensor,
         };
-        self.mailboxes[to].put(group, self.rank, operation, tensor);
+        for &to in to {
+            self.mailboxes[to].put(group, self.rank, operation, tensor.clone());
+        }
         Ok(())
     }
 

@@ -1,8 +1,11 @@
 //! Every exchange against values computed by hand, over many rounds.
 
+use std::net::TcpListener;
 use std::sync::Arc;
+use std::time::Duration;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use ttt_parallel::tcp::{Meeting, TcpGroup, connect};
 use ttt_parallel::threads::{on_mesh, on_threads};
 use ttt_parallel::{CommError, Layout, ProcessGroup, Receive, SingleRank};
 
@@ -130,40 +133,96 @@ fn many_rounds() {
     }
 }
 
+/// What `work` returns on each of `size` ranks that talk over TCP, here in threads.
+fn on_tcp<T: Send>(size: usize, work: impl Fn(TcpGroup) -> T + Sync) -> Vec<T> {
+    let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+    let port = free.expect("a free port").port();
+    std::thread::scope(|scope| {
+        let work = &work;
+        let ranks: Vec<_> = (0..size)
+            .map(|rank| {
+                let meeting = Meeting {
+                    rank,
+                    size,
+                    host: "127.0.0.1".into(),
+                    port,
+                    run: "test".into(),
+                    fingerprint: 1,
+                    patience: Duration::from_secs(20),
+                    deadline: Duration::from_secs(20),
+                };
+                scope.spawn(move || work(connect(&meeting).expect("all ranks come")))
+            })
+            .collect();
+        let join = |rank: std::thread::ScopedJoinHandle<T>| rank.join().expect("a rank");
+        ranks.into_iter().map(join).collect()
+    })
+}
+
+#[test]
+fn many_rounds_over_tcp() {
+    for size in [1, 2, 3, 4, 8] {
+        let ranks: Vec<usize> = (0..size).collect();
+        on_tcp(size, |group| {
+            for dtype in [DType::F32, DType::BF16] {
+                for round in 0..ROUNDS {
+                    check_round(&group, &ranks, round, 1 + round % 4, dtype);
+                }
+                check_round(&group, &ranks, 1, 1500 + 7, dtype);
+            }
+        });
+    }
+}
+
+/// Frames larger than what sockets hold, both ways at once.
+#[test]
+fn more_than_the_sockets_hold() {
+    on_tcp(3, |group| {
+        check_round(&group, &[0, 1, 2], 1, 1_000_003, DType::F32)
+    });
+}
+
+#[test]
+fn sub_groups_over_tcp() {
+    on_tcp(8, |world| sub_groups(&world));
+}
+
 /// Sub-groups by halves and by stripes, used by different ranks in different orders.
+fn sub_groups(world: &dyn ProcessGroup) {
+    let me = world.rank();
+    let halves = [vec![0, 1, 2, 3], vec![7, 6, 5, 4]];
+    let stripes = [vec![0, 4], vec![1, 5], vec![2, 6], vec![3, 7]];
+    let half = world.split(&halves).expect("halves");
+    let stripe = world.split(&stripes).expect("stripes");
+    let own_half = halves.iter().find(|half| half.contains(&me)).expect("all");
+    let own_stripe = &stripes[me % 4];
+    assert_eq!(own_half[half.rank()], me);
+    // A group of a group: the numbers are those of the half.
+    let pairs = [vec![0, 2], vec![1, 3]];
+    let pair = half.split(&pairs).expect("pairs");
+    let own_pair: Vec<usize> = pairs[half.rank() % 2]
+        .iter()
+        .map(|&r| own_half[r])
+        .collect();
+    for round in 0..ROUNDS {
+        // The order differs between pairs, never within a group's own calls: stripes are used
+        // before or after the pair's exchange, whichever rank comes first.
+        let use_pair = || check_round(&*pair, &own_pair, round, 3, DType::F32);
+        if half.rank() % 2 == 0 {
+            use_pair();
+        }
+        check_round(&*stripe, own_stripe, round, 2, DType::BF16);
+        if half.rank() % 2 == 1 {
+            use_pair();
+        }
+        check_round(&*half, own_half, round, 4, DType::F32);
+    }
+    world.barrier().expect("barrier");
+}
+
 #[test]
 fn sub_groups_at_the_same_time() {
-    on_threads(8, |world| {
-        let me = world.rank();
-        let halves = [vec![0, 1, 2, 3], vec![7, 6, 5, 4]];
-        let stripes = [vec![0, 4], vec![1, 5], vec![2, 6], vec![3, 7]];
-        let half = world.split(&halves).expect("halves");
-        let stripe = world.split(&stripes).expect("stripes");
-        let own_half = halves.iter().find(|half| half.contains(&me)).expect("all");
-        let own_stripe = &stripes[me % 4];
-        assert_eq!(own_half[half.rank()], me);
-        // A group of a group: the numbers are those of the half.
-        let pairs = [vec![0, 2], vec![1, 3]];
-        let pair = half.split(&pairs).expect("pairs");
-        let own_pair: Vec<usize> = pairs[half.rank() % 2]
-            .iter()
-            .map(|&r| own_half[r])
-            .collect();
-        for round in 0..ROUNDS {
-            // The order differs between pairs, never within a group's own calls: stripes are used
-            // before or after the pair's exchange, whichever rank comes first.
-            let use_pair = || check_round(&*pair, &own_pair, round, 3, DType::F32);
-            if half.rank() % 2 == 0 {
-                use_pair();
-            }
-            check_round(&*stripe, own_stripe, round, 2, DType::BF16);
-            if half.rank() % 2 == 1 {
-                use_pair();
-            }
-            check_round(&*half, own_half, round, 4, DType::F32);
-        }
-        world.barrier().expect("barrier");
-    });
+    on_threads(8, |world| sub_groups(&world));
 }
 
 #[test]

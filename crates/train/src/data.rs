@@ -27,13 +27,13 @@ pub struct Data {
 }
 
 impl Data {
-    /// Builds what is missing and opens the rest.
+    /// Builds what is missing, if `make`, and opens the rest.
     ///
     /// # Errors
     /// If text, shards or tokenizer cannot be read, or do not fit the model.
-    pub fn prepare(config: &Config) -> Result<Self, TrainError> {
+    pub fn prepare(config: &Config, make: bool) -> Result<Self, TrainError> {
         let path = &config.data.path;
-        if !config.data.sources.is_empty() {
+        if make && !config.data.sources.is_empty() {
             build(&build_recipe(config)?, Progress::Auto)?;
         }
         let train = Arc::new(Dataset::open(path, Split::Train)?);

@@ -21,6 +21,8 @@ pub mod open;
 pub mod optimizer;
 pub mod plan;
 pub mod progress;
+pub mod ranks;
+mod report;
 pub mod run;
 pub mod schedule;
 pub mod signals;

@@ -10,6 +10,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::config::DeviceKind;
@@ -206,16 +207,13 @@ fn cut(path: &Path, steps: u64) -> io::Result<()> {
 
 /// In GiB, the most host memory this process has held (CPU), or what it has reserved on the GPU,
 /// which in practice does not shrink (CUDA). `None` where the system does not tell.
-pub fn memory_gib(device: DeviceKind) -> Option<f64> {
-    match device {
+pub fn memory_gib(kind: DeviceKind, device: &Device) -> Option<f64> {
+    match kind {
         DeviceKind::Cpu => host_memory_gib(),
-        #[cfg(feature = "cuda")]
         DeviceKind::Cuda => {
-            let usage = burn::tensor::Device::cuda(0).memory_pool_usage()?;
+            let usage = device.memory_pool_usage()?;
             Some(gib(usage.bytes_reserved as f64))
         }
-        #[cfg(not(feature = "cuda"))]
-        DeviceKind::Cuda => None,
     }
 }
 

@@ -46,7 +46,7 @@ impl Opened {
         };
         let config = checkpoint.config.clone();
         let kind = device.unwrap_or(config.run.device);
-        let device = device::open(kind)?;
+        let device = device::open(kind, 0)?;
         let mesh = Mesh::single();
         let units = Unit::all(&config.model)
             .into_iter()

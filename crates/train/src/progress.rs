@@ -39,9 +39,10 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// For a run of `steps` steps, of which `done` are done.
-    pub fn new(steps: u64, done: u64) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
+    /// For a run of `steps` steps, of which `done` are done. A rank that does not speak has no live
+    /// line: its notes are log lines.
+    pub fn new(steps: u64, done: u64, speaks: bool) -> Self {
+        let bar = (speaks && std::io::stderr().is_terminal()).then(|| {
             let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {wide_msg}");
             let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
             ProgressBar::new(steps)

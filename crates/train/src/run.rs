@@ -6,23 +6,25 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
-use ttt_kernels::ContextSettings;
 use ttt_model::Unit;
 use ttt_model::decode::Decoder;
-use ttt_parallel::Mesh;
+use ttt_parallel::{Mesh, Place};
 
+use crate::agree::together;
 use crate::checkpoint::{self, Checkpoint};
-use crate::config::{Config, DeviceKind, OnBadGradient};
+use crate::config::{Config, DeviceKind};
 use crate::data::Data;
 use crate::device::{self, read_scalar};
 use crate::error::TrainError;
 use crate::evaluate::evaluate;
 use crate::generate::{Sampling, continue_text};
 use crate::init::initial_values;
-use crate::metrics::{self, EvalMetrics, MetricsWriter, StepMetrics};
-use crate::optimizer::{UpdateOutput, Updater, scalar};
+use crate::metrics::{self, MetricsWriter};
+use crate::optimizer::{Updater, scalar};
 use crate::plan::Plan;
 use crate::progress::Progress;
+use crate::ranks::Ranks;
+use crate::report::{Launched, Pace, Report};
 use crate::schedule::learning_rate;
 use crate::signals::Signals;
 use crate::start::{BaseModel, read_small_files};
@@ -40,15 +42,31 @@ pub enum Resume {
     Never,
 }
 
-/// Trains the model that `config` describes until `train.steps`, or a signal.
+/// Trains the model that `config` describes until `train.steps`, or a signal, as the rank at `place`.
 ///
 /// # Errors
 /// With a sentence that says what was wrong and what to do.
-pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
-    // ---- where and with whom -----------------------------------------------------------------
+pub fn train(config: &Config, resume: &Resume, place: &Place) -> Result<(), TrainError> {
     let signals = Signals::install().map_err(TrainError::io("listen for", "signals".as_ref()))?;
-    let mesh = Mesh::single();
-    let device = device::open(config.run.device)?;
+    let mut ranks = Ranks::meet(place, config, &format!("{resume:?}"))?;
+    let done = train_on(config, resume, &signals, &mut ranks);
+    // Nobody takes its connections away while another still receives.
+    let done = done.and_then(|()| Ok(ranks.barrier()?));
+    if let Err(error) = &done {
+        ranks.tell(error);
+    }
+    done
+}
+
+fn train_on(
+    config: &Config,
+    resume: &Resume,
+    signals: &Signals,
+    ranks: &mut Ranks,
+) -> Result<(), TrainError> {
+    // ---- where and with whom -----------------------------------------------------------------
+    let (mesh, device) = (ranks.mesh.clone(), ranks.device.clone());
+    let speaks = ranks.first();
     let compute = device::compute_dtype(config.run.device, config.train.compute);
     ttt_kernels::deterministic::set(config.train.deterministic);
     let run_dir = &config.run.dir;
@@ -56,13 +74,15 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
 
     // ---- the model to continue, if one is named and the run is new --------------------------------
     let new = match resume {
-        Resume::Auto => checkpoint::list(run_dir)?.is_empty(),
-        Resume::From(_) => false,
-        Resume::Never => true,
+        Resume::Auto => checkpoint::list(run_dir).map(|all| all.is_empty()),
+        Resume::From(_) => Ok(false),
+        Resume::Never => Ok(true),
     };
+    // As rank 0 sees it: a shared file system may show the others an older state.
+    let new = together(&mesh, &device, new)?[0];
     let mut recorded = config.clone();
     let base = match new {
-        true => BaseModel::open(&mut recorded)?,
+        true => ranks.first_then_all(|_| BaseModel::open(&mut recorded))?,
         false => None,
     };
     if !new {
@@ -71,12 +91,15 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
     }
 
     // ---- data ----------------------------------------------------------------------------------
-    let data = Data::prepare(&recorded)?;
+    let data = ranks.first_then_all(|first| Data::prepare(&recorded, first))?;
     let fingerprint = data.sampler.fingerprint();
 
     // ---- model, new or where it was left --------------------------------------------------------
-    let plan = Plan::new(config);
-    println!("{plan}");
+    let context = config.parallel.context_settings();
+    let plan = Plan::on(config, mesh.layout(), &context);
+    if speaks {
+        println!("{plan}");
+    }
     let start = find_start(config, resume, &fingerprint, &mesh, &device)?;
     let units = match (&start, &base) {
         (Some(checkpoint), _) => checkpoint.load(&config.model, &mesh, &device)?,
@@ -102,7 +125,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
         compute,
         device: device.clone(),
         rope: RopeCache::default(),
-        context: ContextSettings::default(),
+        context,
     };
     let mut updater = Updater::new(
         &config.optimizer,
@@ -115,11 +138,15 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
 
     // ---- what is told ------------------------------------------------------------------------
     let mut report = Report {
-        metrics: MetricsWriter::open(run_dir, at.step)?,
-        progress: Progress::new(config.train.steps, at.step),
-        peak_flops: metrics::peak_flops(config.run.device),
+        metrics: match speaks {
+            true => Some(MetricsWriter::open(run_dir, at.step)?),
+            false => None,
+        },
+        progress: Progress::new(config.train.steps, at.step, speaks),
+        peak_flops: metrics::peak_flops(config.run.device).map(|one| one * ranks.count() as f64),
         plan,
-        device: config.run.device,
+        kind: config.run.device,
+        device: device.clone(),
         on_bad: config.train.on_bad_gradient,
         log_every: config.train.log_every,
         begun: Instant::now(),
@@ -179,7 +206,7 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
         let mut labelled = 0;
         let mut state_ratios: BTreeMap<usize, Tensor<1>> = BTreeMap::new();
         for rows in rows.chunks(config.train.micro_batch_rows) {
-            if let Some(signal) = signals.received() {
+            if let Some(signal) = ranks.agree_on(signals.received())? {
                 // The gradient in progress is dropped: the checkpoint is the state before this step.
                 report.flush()?;
                 let path = save(&model, &updater, &mut at)?;
@@ -247,16 +274,18 @@ pub fn train(config: &Config, resume: &Resume) -> Result<(), TrainError> {
             .into_iter()
             .map(|unit| model.params(unit, &mesh));
         let units = units.collect::<Result<Vec<_>, _>>()?;
-        let decoder = Decoder::new(&config.model, units, compute, &device);
-        let sampling = Sampling {
-            temperature: 0.8,
-            top_k: None,
-            top_p: Some(0.95),
-            seed: config.run.seed,
-        };
-        let tokens = config.eval.sample_tokens;
-        let text = continue_text(&decoder, &data.tokenizer, prompt, tokens, sampling)?;
-        report.progress.note(&format!("sample: {prompt}{text}"));
+        if speaks {
+            let decoder = Decoder::new(&config.model, units, compute, &device);
+            let sampling = Sampling {
+                temperature: 0.8,
+                top_k: None,
+                top_p: Some(0.95),
+                seed: config.run.seed,
+            };
+            let tokens = config.eval.sample_tokens;
+            let text = continue_text(&decoder, &data.tokenizer, prompt, tokens, sampling)?;
+            report.progress.note(&format!("sample: {prompt}{text}"));
+        }
     }
     report.progress.finish();
     Ok(())
@@ -340,128 +369,4 @@ fn new_units(config: &Config, mesh: &Mesh, device: &Device) -> Vec<UnitState> {
             }
         })
         .collect()
-}
-
-/// A step whose results are still on their way from the device.
-struct Launched {
-    step: u64,
-    tokens: u64,
-    tokens_per_step: u64,
-    lr: f64,
-    loss: Tensor<1>,
-    update: UpdateOutput,
-    state_ratios: BTreeMap<usize, Tensor<1>>,
-}
-
-/// Tells how the run goes, one step behind the device so that it never waits.
-struct Report {
-    metrics: MetricsWriter,
-    progress: Progress,
-    plan: Plan,
-    peak_flops: Option<f64>,
-    device: DeviceKind,
-    on_bad: OnBadGradient,
-    log_every: u64,
-    begun: Instant,
-    pace: Pace,
-    waiting: Option<Launched>,
-}
-
-/// How long steps take. The device works in order, so reading the results of one step waits for
-/// every step launched by then: the time between two reads is that of the steps launched between.
-struct Pace {
-    last_read: Instant,
-    launched: u32,
-    step_seconds: f64,
-}
-
-impl Pace {
-    fn new() -> Self {
-        Self {
-            last_read: Instant::now(),
-            launched: 0,
-            step_seconds: f64::NAN,
-        }
-    }
-
-    /// Seconds per step, after a read; where nothing was launched since the last, as before.
-    fn read(&mut self) -> f64 {
-        if self.launched > 0 {
-            let seconds = self.last_read.elapsed().as_secs_f64();
-            self.step_seconds = seconds / f64::from(self.launched);
-        }
-        self.restart();
-        self.step_seconds
-    }
-
-    /// What was done since the last read is no step's time.
-    fn restart(&mut self) {
-        self.last_read = Instant::now();
-        self.launched = 0;
-    }
-}
-
-impl Report {
-    fn step(&mut self, launched: Launched) -> Result<(), TrainError> {
-        self.pace.launched += 1;
-        let before = self.waiting.replace(launched);
-        before.map_or(Ok(()), |launched| self.read(launched))
-    }
-
-    /// Waits for the last step.
-    fn flush(&mut self) -> Result<(), TrainError> {
-        let last = self.waiting.take();
-        last.map_or(Ok(()), |launched| self.read(launched))
-    }
-
-    fn read(&mut self, launched: Launched) -> Result<(), TrainError> {
-        let loss = read_scalar(&launched.loss)?;
-        let grad_norm = read_scalar(&launched.update.grad_norm)?;
-        let applied = read_scalar(&launched.update.applied)? != 0.0;
-        let mut ttt_state_ratio = BTreeMap::new();
-        for (layer, ratio) in &launched.state_ratios {
-            ttt_state_ratio.insert(*layer, read_scalar(ratio)?);
-        }
-        let tokens_per_s = launched.tokens_per_step as f64 / self.pace.read();
-        let flops = &self.plan.flops;
-        let share = |flops: f64| self.peak_flops.map(|peak| tokens_per_s * flops / peak);
-        let metrics = StepMetrics {
-            step: launched.step,
-            tokens: launched.tokens,
-            loss,
-            lr: launched.lr,
-            grad_norm,
-            tokens_per_s,
-            mfu: share(flops.training()),
-            mfu_with_ttt: share(flops.training_with_ttt()),
-            skipped: !applied,
-            ttt_state_ratio,
-            memory_gib: metrics::memory_gib(self.device),
-            elapsed_s: self.begun.elapsed().as_secs_f64(),
-        };
-        if launched.step.is_multiple_of(self.log_every) || !applied {
-            self.metrics.step(&metrics)?;
-        }
-        self.progress.step(&metrics);
-        if !applied && self.on_bad == OnBadGradient::Abort {
-            return Err(TrainError::BadGradient {
-                step: launched.step,
-                grad_norm,
-            });
-        }
-        Ok(())
-    }
-
-    fn evaluation(&mut self, step: u64, loss: f64, tokens: u64) -> Result<(), TrainError> {
-        self.metrics.evaluation(&EvalMetrics {
-            step,
-            validation_loss: loss,
-            tokens,
-        })?;
-        self.progress.note(&format!(
-            "step {step}: validation loss {loss:.4} over {tokens} tokens"
-        ));
-        self.pace.restart();
-        Ok(())
-    }
 }

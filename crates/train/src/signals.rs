@@ -12,9 +12,20 @@ use signal_hook::flag;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
     /// SIGINT, Ctrl-C.
-    Interrupt,
+    Interrupt = SIGINT as isize,
     /// SIGTERM.
-    Terminate,
+    Terminate = SIGTERM as isize,
+}
+
+impl Signal {
+    /// The signal of this number.
+    pub fn of(number: i32) -> Option<Self> {
+        match number {
+            0 => None,
+            SIGINT => Some(Self::Interrupt),
+            _ => Some(Self::Terminate),
+        }
+    }
 }
 
 impl fmt::Display for Signal {
@@ -52,10 +63,6 @@ impl Signals {
 
     /// The request, once there is one.
     pub fn received(&self) -> Option<Signal> {
-        match self.received.load(Ordering::Relaxed) as i32 {
-            0 => None,
-            SIGINT => Some(Signal::Interrupt),
-            _ => Some(Signal::Terminate),
-        }
+        Signal::of(self.received.load(Ordering::Relaxed) as i32)
     }
 }

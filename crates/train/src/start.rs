@@ -297,7 +297,7 @@ mod tests {
         );
         let mut config = Config::parse(&text, "test".as_ref(), &[]).unwrap();
         let base = BaseModel::open(&mut config).unwrap().unwrap();
-        let (mesh, device) = (Mesh::single(), device::open(DeviceKind::Cpu).unwrap());
+        let (mesh, device) = (Mesh::single(), device::open(DeviceKind::Cpu, 0).unwrap());
         let mut model = Model {
             config: config.model.clone(),
             units: base.units(&config, &mesh, &device).unwrap(),

@@ -288,6 +288,22 @@ fn impossible_combinations_are_refused_with_a_remedy() {
             "only schedule = \"wsd\"",
         ),
         ("checkpoint.keep=0", "checkpoint.keep", "at least 1"),
+        ("parallel.shard=0", "parallel.shard", "from 1 to 2^14"),
+        (
+            "parallel.context=8",
+            "train.sequence_length",
+            "the least is 128",
+        ),
+        (
+            "parallel.replicate=3",
+            "train.batch_tokens",
+            "the nearest are 384 and 576",
+        ),
+        (
+            "parallel.timeout_s=1",
+            "parallel.timeout_s",
+            "between 2 and",
+        ),
         ("data.path=\"\"", "data.path", "an empty text"),
         (
             "data.validation_fraction=1.0",

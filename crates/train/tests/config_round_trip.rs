@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use ttt_model::{LayerType, ModelConfig, ModelType, RopeScaling, Target, TttConfig};
 use ttt_train::config::{
     Activations, CheckpointConfig, Config, DataConfig, DeviceKind, EvalConfig, InitConfig,
-    LrOverride, OnBadGradient, OptimizerConfig, Precision, RunConfig, ScheduleKind, SourceConfig,
-    TrainConfig,
+    LrOverride, OnBadGradient, OptimizerConfig, ParallelConfig, Precision, RunConfig, ScheduleKind,
+    SourceConfig, TrainConfig,
 };
 
 const QUICKSTART: &str = include_str!("../../../configs/quickstart.toml");
@@ -216,6 +216,34 @@ fn optimizer() -> impl Strategy<Value = OptimizerConfig> {
         )
 }
 
+fn parallel() -> impl Strategy<Value = ParallelConfig> {
+    use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
+    let settings = (
+        0..3usize,
+        any::<bool>(),
+        0..3usize,
+        2..100u64,
+        any::<bool>(),
+    );
+    settings.prop_map(|(states, half, attention, timeout_s, one)| ParallelConfig {
+        // Every step has one row at least; more ranks would have to divide it.
+        replicate: one.then_some(1),
+        context_states: [
+            StateExchange::AllToAll,
+            StateExchange::Chain,
+            StateExchange::AllGather,
+        ][states],
+        context_payload: if half { Payload::Bf16 } else { Payload::F32 },
+        context_attention: [
+            AttentionExchange::Auto,
+            AttentionExchange::Keys,
+            AttentionExchange::Heads,
+        ][attention],
+        timeout_s,
+        ..ParallelConfig::default()
+    })
+}
+
 prop_compose! {
     fn config()(
         model in model(), data in data(), train in train(), optimizer in optimizer(),
@@ -223,11 +251,12 @@ prop_compose! {
         checkpoint in (any::<u32>(), 1..9usize, any::<bool>()),
         eval in (any::<u32>(), 1..99usize, option::of("(?s).{1,20}"), 1..99usize),
         init in option::of(("\\PC{1,12}", option::of("\\PC{1,12}"))),
+        parallel in parallel(),
     ) -> Config {
         Config {
             run: RunConfig { dir: dir.into(), device: if cuda { DeviceKind::Cuda } else { DeviceKind::Cpu }, seed },
             init: init.map(|(from, revision)| InitConfig { from, revision }),
-            model, data, train, optimizer,
+            model, data, train, optimizer, parallel,
             checkpoint: CheckpointConfig { every: checkpoint.0.into(), keep: checkpoint.1, at_end: checkpoint.2 },
             eval: EvalConfig { every: eval.0.into(), rows: eval.1, sample_prompt: eval.2, sample_tokens: eval.3 },
         }
@@ -272,7 +301,8 @@ proptest! {
         key in prop::sample::select(vec![
             "run", "run.seed", "model.rope_scaling", "model.layer_types", "model.ttt.layers", "train.steps",
             "train.batch_tokens", "train.sequence_length", "optimizer.decay_fraction", "data.sources",
-            "data.shard_tokens", "eval", "model.ttt", "optimizer.lr",
+            "data.shard_tokens", "eval", "model.ttt", "optimizer.lr", "parallel", "parallel.replicate",
+            "parallel.shard", "parallel.context", "parallel.context_states", "parallel.timeout_s",
         ]),
         value in prop::sample::select(vec![
             "1", "-1", "0", "9223372036854775807", "18446744073709551615", "1e400", "nan", "inf", "\"\"", "[]", "{}",

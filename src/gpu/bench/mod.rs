@@ -24,7 +24,7 @@ use run::{Run, gib, join, round};
 
 pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     let kind = DeviceKind::from(args.device);
-    let device = device::open(kind)?;
+    let device = device::open(kind, 0)?;
     deterministic::set(args.deterministic);
     // One model in place of a table; `length` if none is asked for.
     let one = |length| Run {

@@ -20,6 +20,8 @@ pub mod gemm;
 mod heads;
 mod hopper;
 pub mod linear;
+pub mod nccl;
+pub mod nccl_group;
 pub mod norm;
 pub mod pointwise;
 pub mod profile;

@@ -7,7 +7,7 @@ mod mirror;
 mod system;
 
 pub use compare::{Comparison, Op, Rate, compare, repeated};
-pub use system::{Finding, bandwidth, gpu_name, system};
+pub use system::{Finding, bandwidth, gpu_count, gpu_name, system};
 
 use burn::tensor::Device;
 

@@ -173,6 +173,13 @@ fn gpus() -> Vec<Finding> {
     [driver].into_iter().chain(gpus).collect()
 }
 
+/// GPUs that the driver shows; 0 where there is no driver, or no support for GPUs in this program.
+pub fn gpu_count() -> usize {
+    let gpus = system();
+    let gpus = gpus.iter().filter(|f| f.fine && f.what.starts_with("GPU"));
+    gpus.count()
+}
+
 /// Says that this program was built without CUDA.
 #[cfg(not(feature = "cuda"))]
 pub fn system() -> Vec<Finding> {

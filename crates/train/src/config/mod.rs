@@ -6,6 +6,7 @@
 
 mod base;
 mod error;
+mod parallel;
 mod read;
 mod sections;
 mod validate;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use ttt_model::ModelConfig;
 
 pub use error::{ConfigError, Place};
+pub use parallel::ParallelConfig;
 pub use sections::{
     Activations, CheckpointConfig, DataConfig, DeviceKind, EvalConfig, InitConfig, LrOverride,
     OnBadGradient, OptimizerConfig, Precision, RunConfig, ScheduleKind, SourceConfig, TrainConfig,
@@ -38,6 +40,9 @@ pub struct Config {
     pub train: TrainConfig,
     /// AdamW and its schedule.
     pub optimizer: OptimizerConfig,
+    /// The ranks.
+    #[serde(default)]
+    pub parallel: ParallelConfig,
     /// When to save.
     #[serde(default)]
     pub checkpoint: CheckpointConfig,
@@ -75,6 +80,15 @@ impl Config {
     /// With the key at fault and what would do.
     pub fn validate(&self) -> Result<(), ConfigError> {
         validate::validate(self)
+            .map_err(|problem| ConfigError::invalid(problem.key, problem.sentence))
+    }
+
+    /// Refuses a step's rows that `ranks` ranks, which read different ones, cannot share.
+    ///
+    /// # Errors
+    /// With what would do.
+    pub fn validate_rows(&self, ranks: usize) -> Result<(), ConfigError> {
+        parallel::rows(self, ranks)
             .map_err(|problem| ConfigError::invalid(problem.key, problem.sentence))
     }
 

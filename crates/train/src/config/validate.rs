@@ -8,6 +8,7 @@ use ttt_model::params::all_params;
 use super::sections::{decay_fraction, min_lr_ratio};
 use super::{
     Config, DataConfig, EvalConfig, LrOverride, OptimizerConfig, ScheduleKind, TrainConfig,
+    parallel,
 };
 
 /// A key and a sentence about it.
@@ -18,9 +19,9 @@ pub(super) struct Problem {
     pub sentence: String,
 }
 
-type Checked = Result<(), Problem>;
+pub(super) type Checked = Result<(), Problem>;
 
-fn refuse(key: impl Into<String>, sentence: impl Into<String>) -> Checked {
+pub(super) fn refuse(key: impl Into<String>, sentence: impl Into<String>) -> Checked {
     Err(Problem {
         key: key.into(),
         sentence: sentence.into(),
@@ -52,7 +53,8 @@ pub(super) fn validate(config: &Config) -> Checked {
     }
     data(&config.data)?;
     eval(&config.eval, &config.data)?;
-    lengths(config)
+    lengths(config)?;
+    parallel::validate(config)
 }
 
 fn train(train: &TrainConfig) -> Checked {

@@ -1,0 +1,446 @@
+//! NCCL communicators beside Burn's stream.
+//!
+//! A communicator has a stream of its own, so that what it carries runs beside the arithmetic. What is
+//! sent was computed on Burn's stream: the own stream waits for an event of it first. What is received
+//! is used on Burn's stream: that waits for an event of the own one, but only when the result is asked
+//! for ([`Started::wait`]). Everything is issued on the device thread; the host never waits.
+
+use std::ffi::CStr;
+use std::ptr::null_mut;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::tensor::{DType, Device, Tensor};
+use cudarc::driver::result::{DriverError, event, stream};
+use cudarc::driver::sys::{CUevent, CUevent_flags, CUevent_wait_flags, CUstream};
+use cudarc::nccl::result::{self as nccl, NcclError};
+use cudarc::nccl::sys;
+
+use super::stream::{Buffer, on_stream};
+
+/// What all ranks of a communicator know and no others: bytes of rank 0's making.
+pub type UniqueId = [u8; 128];
+
+/// Ranks whose tensors travel between GPUs.
+#[derive(Debug)]
+pub struct Communicator {
+    comm: sys::ncclComm_t,
+    stream: CUstream,
+    /// Memory of the device, by which its thread is found.
+    anchor: Buffer,
+    /// An operation failed, here or elsewhere: nothing may be waited for any more.
+    failed: AtomicBool,
+}
+
+// SAFETY: the handles are used on the device thread alone, inside of `on_stream`.
+unsafe impl Send for Communicator {}
+// SAFETY: as above; the device thread does one thing at a time.
+unsafe impl Sync for Communicator {}
+
+/// An event on its way to the device thread and back.
+#[derive(Debug)]
+struct Event(CUevent);
+
+// SAFETY: an event belongs to a context, not to a thread.
+unsafe impl Send for Event {}
+
+impl Event {
+    fn new() -> Result<Self, DriverError> {
+        event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING).map(Self)
+    }
+
+    /// Makes what is issued on `later` from now on come after what was issued on `earlier` before.
+    fn between(earlier: CUstream, later: CUstream) -> Result<(), DriverError> {
+        let event = Self::new()?;
+        event.record(earlier)?;
+        event.before(later)
+    }
+
+    fn record(&self, stream: CUstream) -> Result<(), DriverError> {
+        // SAFETY: both are live and of the current context.
+        unsafe { event::record(self.0, stream) }
+    }
+
+    fn before(&self, stream: CUstream) -> Result<(), DriverError> {
+        let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both are live and of the current context.
+        unsafe { stream::wait_event(stream, self.0, flags) }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `new` and not used again; the driver keeps it while a stream waits for it.
+        // That it cannot be given back is no reason to fail.
+        let _kept = unsafe { event::destroy(self.0) };
+    }
+}
+
+/// Where an operation reads and writes, on its communicator's stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Issue<'a> {
+    comm: sys::ncclComm_t,
+    stream: CUstream,
+    /// Addresses of what is read.
+    pub reads: &'a [u64],
+    /// Addresses of what is written.
+    pub writes: &'a [u64],
+}
+
+/// Elements of one precision.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// The address of the first.
+    pub at: u64,
+    /// How many.
+    pub len: usize,
+    /// Their precision, f32 or bf16.
+    pub dtype: DType,
+}
+
+impl Span {
+    fn kind(&self) -> Result<sys::ncclDataType_t, String> {
+        match self.dtype {
+            DType::F32 => Ok(sys::ncclDataType_t::ncclFloat32),
+            DType::BF16 => Ok(sys::ncclDataType_t::ncclBfloat16),
+            other => Err(format!("{other:?} does not travel: f32 and bf16 do")),
+        }
+    }
+
+    /// Part `i` of `len` elements.
+    pub fn part(&self, i: usize, len: usize) -> Self {
+        Self {
+            at: self.at + (i * len * self.dtype.size()) as u64,
+            len,
+            ..*self
+        }
+    }
+}
+
+impl Issue<'_> {
+    fn stream(&self) -> sys::cudaStream_t {
+        self.stream.cast()
+    }
+
+    /// The sum of all ranks' `from`, into `to` of the same length.
+    ///
+    /// # Errors
+    /// With NCCL's words.
+    pub fn all_reduce(&self, from: Span, to: u64) -> Result<(), String> {
+        let kind = from.kind()?;
+        let sum = sys::ncclRedOp_t::ncclSum;
+        let (stream, comm) = (self.stream(), self.comm);
+        // SAFETY: the caller's spans are live memory of this device until the end event.
+        let done =
+            unsafe { nccl::all_reduce(from.at as _, to as _, from.len, kind, sum, comm, stream) };
+        self.told(done)
+    }
+
+    /// All ranks' `from` in rank order, into `to` of so many times the length.
+    ///
+    /// # Errors
+    /// With NCCL's words.
+    pub fn all_gather(&self, from: Span, to: u64) -> Result<(), String> {
+        let kind = from.kind()?;
+        let (stream, comm) = (self.stream(), self.comm);
+        // SAFETY: the caller's spans are live memory of this device until the end event.
+        let done = unsafe { nccl::all_gather(from.at as _, to as _, from.len, kind, comm, stream) };
+        self.told(done)
+    }
+
+    /// This rank's part of the sum of all ranks' elements at `from`, which are as many times `to`'s.
+    ///
+    /// # Errors
+    /// With NCCL's words.
+    pub fn reduce_scatter(&self, from: u64, to: Span) -> Result<(), String> {
+        let kind = to.kind()?;
+        let sum = sys::ncclRedOp_t::ncclSum;
+        let (stream, comm) = (self.stream(), self.comm);
+        // SAFETY: the caller's spans are live memory of this device until the end event.
+        let done =
+            unsafe { nccl::reduce_scatter(from as _, to.at as _, to.len, kind, sum, comm, stream) };
+        self.told(done)
+    }
+
+    /// Rank `root`'s `from`, into `to` of the same length.
+    ///
+    /// # Errors
+    /// With NCCL's words.
+    pub fn broadcast(&self, from: Span, to: u64, root: usize) -> Result<(), String> {
+        let kind = from.kind()?;
+        let (stream, comm) = (self.stream(), self.comm);
+        // SAFETY: the caller's spans are live memory of this device until the end event.
+        let done = unsafe {
+            nccl::broadcast(
+                from.at as _,
+                to as _,
+                from.len,
+                kind,
+                root as i32,
+                comm,
+                stream,
+            )
+        };
+        self.told(done)
+    }
+
+    /// Sends and receives, each with the rank at the other end, all at once.
+    ///
+    /// # Errors
+    /// With NCCL's words.
+    pub fn exchange(
+        &self,
+        sends: impl IntoIterator<Item = (usize, Span)>,
+        receives: impl IntoIterator<Item = (usize, Span)>,
+    ) -> Result<(), String> {
+        self.told(nccl::group_start())?;
+        let issue = || -> Result<(), String> {
+            for (to, span) in sends {
+                let (kind, stream) = (span.kind()?, self.stream());
+                // SAFETY: the caller's spans are live memory of this device until the end event.
+                self.told(unsafe {
+                    nccl::send(span.at as _, span.len, kind, to as i32, self.comm, stream)
+                })?;
+            }
+            for (from, span) in receives {
+                let (kind, stream) = (span.kind()?, self.stream());
+                // SAFETY: as above, and nothing else uses what is received until then.
+                self.told(unsafe {
+                    nccl::recv(span.at as _, span.len, kind, from as i32, self.comm, stream)
+                })?;
+            }
+            Ok(())
+        };
+        let issued = issue();
+        // A group that was begun is ended in any case.
+        let ended = self.told(nccl::group_end());
+        issued.and(ended)
+    }
+
+    /// A result in NCCL's words.
+    fn told(&self, done: Result<nccl::NcclStatus, NcclError>) -> Result<(), String> {
+        done.map(|_| ()).map_err(|error| words(&error, self.comm))
+    }
+}
+
+/// What NCCL says of an error, and which GPU, host or setting it blames.
+fn words(error: &NcclError, comm: sys::ncclComm_t) -> String {
+    // SAFETY: NCCL returns constant strings of its own, or none.
+    let text = |pointer: *const std::ffi::c_char| match pointer.is_null() {
+        true => String::new(),
+        // SAFETY: not null, so a string that ends.
+        false => unsafe { CStr::from_ptr(pointer) }
+            .to_string_lossy()
+            .into_owned(),
+    };
+    // SAFETY: an enum's value, and a communicator that is live or null, for which NCCL answers for all.
+    let (what, why) = unsafe {
+        (
+            text(sys::ncclGetErrorString(error.0)),
+            text(sys::ncclGetLastError(comm)),
+        )
+    };
+    match why.is_empty() {
+        true => format!("NCCL: {what}"),
+        false => format!("NCCL: {what} ({})", why.trim()),
+    }
+}
+
+/// Refuses where NCCL is not to be found: the bindings would panic.
+///
+/// # Errors
+/// With what to do.
+pub fn require() -> Result<(), String> {
+    // SAFETY: only asks whether the library can be opened.
+    match unsafe { sys::is_culib_present() } {
+        true => Ok(()),
+        false => Err(
+            "libnccl was not found, which ranks on GPUs exchange tensors with: install NCCL or the \
+             wheel nvidia-nccl-cu13, and put a libnccl.so on LD_LIBRARY_PATH (scripts/gpu-env.sh \
+             does, for wheels)"
+                .into(),
+        ),
+    }
+}
+
+/// What a new communicator's rank 0 gives to the others.
+///
+/// # Errors
+/// If NCCL cannot listen.
+pub fn unique_id() -> Result<UniqueId, String> {
+    require()?;
+    let id = nccl::get_uniqueid().map_err(|error| words(&error, null_mut()))?;
+    Ok(id.internal.map(|byte| byte as u8))
+}
+
+impl Communicator {
+    /// Rank `rank` of `size` that all have `id`. Returns once all have come.
+    ///
+    /// # Errors
+    /// If the GPUs do not reach each other.
+    pub fn new(device: &Device, id: &UniqueId, rank: usize, size: usize) -> Result<Self, String> {
+        require()?;
+        let anchor = Buffer::of(&Tensor::<1>::zeros([1], (device, DType::F32)));
+        let anchor = anchor.ok_or("NCCL joins NVIDIA GPUs alone")?;
+        let id = sys::ncclUniqueId {
+            internal: id.map(|byte| byte as std::ffi::c_char),
+        };
+        let mut made = Err("the device thread did not answer".to_string());
+        let out = &mut made;
+        let own = anchor.clone();
+        on_stream(&[], &[&anchor], move |_, _, _| {
+            *out = Self::make(own, id, rank, size);
+            Ok(())
+        });
+        made
+    }
+
+    /// On the device thread, whose context is current.
+    fn make(
+        anchor: Buffer,
+        id: sys::ncclUniqueId,
+        rank: usize,
+        size: usize,
+    ) -> Result<Self, String> {
+        // Exchanges are what others wait for: their kernels go before arithmetic.
+        let driver = |error: DriverError| error.to_string();
+        let (_, greatest) = stream::get_priority_range().map_err(driver)?;
+        let kind = stream::StreamKind::NonBlocking;
+        let stream = stream::create_with_priority(kind, greatest).map_err(driver)?;
+        let mut comm = null_mut();
+        // SAFETY: `comm` is written before it is used; the context is current.
+        let made = unsafe { nccl::comm_init_rank(&mut comm, size as i32, id, rank as i32) };
+        made.map_err(|error| words(&error, null_mut()))?;
+        Ok(Self {
+            comm,
+            stream,
+            anchor,
+            failed: AtomicBool::new(false),
+        })
+    }
+
+    /// Issues an operation from `reads` to `writes`, after all that Burn's stream computes by now.
+    ///
+    /// # Errors
+    /// If NCCL refuses it, or an earlier one failed.
+    pub fn start(
+        self: &Arc<Self>,
+        reads: Vec<Buffer>,
+        writes: Vec<Buffer>,
+        operation: impl FnOnce(Issue) -> Result<(), String> + Send,
+    ) -> Result<Started, String> {
+        let mut started = Err("the device thread did not answer".to_string());
+        let out = &mut started;
+        let from: Vec<&Buffer> = reads.iter().collect();
+        // The device thread is found by what is written; there may be nothing else.
+        let to: Vec<&Buffer> = writes.iter().chain([&self.anchor]).collect();
+        on_stream(&from, &to, |context, reads, writes| {
+            *out = self.issue(context.stream, reads, writes, operation);
+            out.as_ref().map(|_| ()).map_err(Clone::clone)
+        });
+        match started {
+            Ok(end) => Ok(Started {
+                communicator: self.clone(),
+                end: Some(end),
+                _reads: reads,
+                writes,
+            }),
+            Err(reason) => {
+                self.failed.store(true, Ordering::Relaxed);
+                Err(reason)
+            }
+        }
+    }
+
+    /// On the device thread: the operation between two events. Returns that of its end.
+    fn issue(
+        &self,
+        compute: CUstream,
+        reads: &[u64],
+        writes: &[u64],
+        operation: impl FnOnce(Issue) -> Result<(), String>,
+    ) -> Result<Event, String> {
+        let driver = |error: DriverError| error.to_string();
+        Event::between(compute, self.stream).map_err(driver)?;
+        let issue = Issue {
+            comm: self.comm,
+            stream: self.stream,
+            reads,
+            writes,
+        };
+        operation(issue)?;
+        let mut state = sys::ncclResult_t::ncclSuccess;
+        // SAFETY: the communicator is live; `state` is written.
+        let asked = unsafe { sys::ncclCommGetAsyncError(self.comm, &mut state) };
+        issue.told(asked.result())?;
+        issue.told(state.result())?;
+        let end = Event::new().map_err(driver)?;
+        end.record(self.stream).map_err(driver)?;
+        Ok(end)
+    }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        let failed = self.failed.load(Ordering::Relaxed) || std::thread::panicking();
+        let this = &*self;
+        on_stream(&[], &[&self.anchor], move |_, _, _| {
+            // SAFETY: made by `make` and not used again. What has failed is aborted, since its end
+            // would be waited for in vain. A failure to clean up has nobody to tell it to.
+            let _gone = unsafe {
+                match failed {
+                    true => nccl::comm_abort(this.comm),
+                    false => nccl::comm_destroy(this.comm),
+                }
+            };
+            // SAFETY: made by `make` and not used again; nothing is issued on it any more.
+            let _gone = unsafe { stream::destroy(this.stream) };
+            Ok(())
+        });
+    }
+}
+
+/// An operation under way. Its memory is held until Burn's stream is known to come after it.
+#[derive(Debug)]
+pub struct Started {
+    communicator: Arc<Communicator>,
+    end: Option<Event>,
+    _reads: Vec<Buffer>,
+    writes: Vec<Buffer>,
+}
+
+impl Started {
+    /// What was written; whatever Burn computes from now on comes after it.
+    ///
+    /// # Errors
+    /// If the device failed.
+    pub fn wait(mut self) -> Result<Vec<Buffer>, String> {
+        self.join()?;
+        Ok(std::mem::take(&mut self.writes))
+    }
+
+    fn join(&mut self) -> Result<(), String> {
+        let Some(end) = self.end.take() else {
+            return Ok(());
+        };
+        let mut joined = Err("the device thread did not answer".to_string());
+        let out = &mut joined;
+        let anchor = &self.communicator.anchor;
+        let to: Vec<&Buffer> = self.writes.iter().chain([anchor]).collect();
+        on_stream(&[], &to, move |context, _, _| {
+            *out = end
+                .before(context.stream)
+                .map_err(|error| error.to_string());
+            out.clone()
+        });
+        joined
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // Nobody wants the result, but its memory must not be given to something else before. An
+        // error has tainted the memory already.
+        let _tainted = self.join();
+    }
+}

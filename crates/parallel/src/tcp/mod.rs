@@ -1,0 +1,340 @@
+//! Ranks as processes that talk over TCP: CPU ranks, and what GPU ranks agree on beside NCCL.
+//!
+//! Why not a kept library: the `mpi` crate needs an Open MPI or MPICH installation with its compiler
+//! wrapper to build, and Gloo has no kept Rust binding; `cargo build` alone must suffice. What is
+//! here is the standard library: one connection between any two ranks ([`rendezvous`]), framed
+//! ([`frame`]), with a thread that writes and one that reads at each end, so that no send waits for
+//! its receiver and no order of exchanges waits for ever.
+//!
+//! Each end hears a heartbeat several times per deadline. A rank that is silent for the deadline, or
+//! whose connection closes without a goodbye, is lost: every exchange of the run fails from then on,
+//! with its name. A rank that fails says why before it goes. What cannot be seen from here is a rank
+//! whose program hangs while its threads still beat.
+
+pub mod frame;
+mod rendezvous;
+#[cfg(test)]
+mod tests;
+mod wire;
+
+use std::io::{self, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::AtomicU32;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use burn::tensor::{Device, Tensor};
+
+use crate::group::CommError;
+use crate::host::{HostGroup, Transport};
+use crate::mailbox::{Mailbox, Operation};
+use frame::{Header, Kind, WireType, read_frame, write_frame};
+
+pub use rendezvous::Meeting;
+
+/// Heartbeats per deadline: several may be late before a rank is given up.
+const BEATS: u32 = 5;
+
+/// The group of all ranks of a run, connected over TCP.
+pub type TcpGroup = HostGroup<Tcp>;
+
+/// This rank's connections.
+#[derive(Debug)]
+pub struct Tcp {
+    rank: usize,
+    size: usize,
+    mailbox: Arc<Mailbox<(WireType, Vec<u8>)>>,
+    /// By rank; none to itself.
+    peers: Vec<Option<Peer>>,
+    next_group: AtomicU32,
+}
+
+/// A connection's sending side.
+#[derive(Debug)]
+struct Peer {
+    queue: Sender<Letter>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What a writing thread is given.
+enum Letter {
+    Tensor {
+        group: u32,
+        operation: Operation,
+        dtype: WireType,
+        bytes: Arc<Vec<u8>>,
+    },
+    Failed(String),
+    Bye,
+}
+
+/// Meets the other ranks and connects to all of them.
+///
+/// # Errors
+/// If they do not come, or have come for another run.
+pub fn connect(meeting: &Meeting) -> Result<TcpGroup, CommError> {
+    let connections = meeting.meet().map_err(CommError::Start)?;
+    let mailbox = Arc::new(Mailbox::default());
+    let mut peers = vec![];
+    for (rank, connection) in connections.into_iter().enumerate() {
+        peers.push(match connection {
+            None => None,
+            Some(stream) => {
+                let peer = Peer::start(rank, stream, meeting.deadline, &mailbox);
+                Some(peer.map_err(|error| {
+                    CommError::Start(format!("cannot talk to rank {rank}: {error}"))
+                })?)
+            }
+        });
+    }
+    let (rank, size) = (meeting.rank, meeting.size);
+    Ok(HostGroup::world(Arc::new(Tcp {
+        rank,
+        size,
+        mailbox,
+        peers,
+        next_group: AtomicU32::new(0),
+    })))
+}
+
+impl Peer {
+    fn start(
+        rank: usize,
+        stream: TcpStream,
+        deadline: Duration,
+        mailbox: &Arc<Mailbox<(WireType, Vec<u8>)>>,
+    ) -> io::Result<Self> {
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(deadline))?;
+        stream.set_write_timeout(Some(deadline))?;
+        let (queue, letters) = channel();
+        let (reading, to_read) = (stream.try_clone()?, mailbox.clone());
+        std::thread::Builder::new()
+            .name(format!("from rank {rank}"))
+            .spawn(move || read_all(rank, reading, deadline, &to_read))?;
+        let mailbox = mailbox.clone();
+        let writer = std::thread::Builder::new()
+            .name(format!("to rank {rank}"))
+            .spawn(move || {
+                if let Err(error) = write_all(stream, &letters, deadline / BEATS) {
+                    mailbox.fail(lost(rank, &write_reason(&error, deadline)));
+                }
+            })?;
+        let writer = Mutex::new(Some(writer));
+        Ok(Self { queue, writer })
+    }
+}
+
+/// How everybody hears of a lost rank.
+fn lost(rank: usize, reason: &str) -> String {
+    format!("rank {rank} is lost: {reason}")
+}
+
+fn write_reason(error: &io::Error, deadline: Duration) -> String {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            format!("it took nothing for {} s", deadline.as_secs_f32())
+        }
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+            "its connection closed".into()
+        }
+        _ => format!("its connection broke ({error})"),
+    }
+}
+
+/// Writes what is queued, and a heartbeat where nothing was for `beat`.
+fn write_all(mut stream: TcpStream, letters: &Receiver<Letter>, beat: Duration) -> io::Result<()> {
+    let mut sequence = 1; // frame 0 was the rendezvous's
+    loop {
+        let letter = letters.recv_timeout(beat);
+        let (header, bytes) = match &letter {
+            Ok(Letter::Tensor {
+                group,
+                operation,
+                dtype,
+                bytes,
+            }) => {
+                let header = Header {
+                    kind: Kind::Tensor,
+                    operation: *operation,
+                    dtype: *dtype,
+                    group: *group,
+                    sequence,
+                    bytes: bytes.len() as u64,
+                };
+                (header, bytes.as_slice())
+            }
+            Ok(Letter::Failed(reason)) => {
+                let header = Header::plain(Kind::Failed, sequence, reason.len());
+                (header, reason.as_bytes())
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                (Header::plain(Kind::Heartbeat, sequence, 0), [].as_slice())
+            }
+            Ok(Letter::Bye) | Err(RecvTimeoutError::Disconnected) => {
+                let header = Header::plain(Kind::Bye, sequence, 0);
+                write_frame(&mut stream, &header, &[])?;
+                stream.flush()?;
+                return stream.shutdown(Shutdown::Write);
+            }
+        };
+        write_frame(&mut stream, &header, bytes)?;
+        sequence += 1;
+        if header.kind == Kind::Failed {
+            stream.flush()?;
+            return stream.shutdown(Shutdown::Write);
+        }
+    }
+}
+
+/// Puts what arrives into the mailbox, until the other side ends.
+fn read_all(
+    rank: usize,
+    mut stream: TcpStream,
+    deadline: Duration,
+    mailbox: &Mailbox<(WireType, Vec<u8>)>,
+) {
+    let mut sequence = 1;
+    loop {
+        match read_frame(&mut stream, sequence) {
+            Ok((header, bytes)) => match header.kind {
+                Kind::Tensor => {
+                    let letter = (header.dtype, bytes);
+                    mailbox.put(header.group, rank, header.operation, letter);
+                }
+                Kind::Heartbeat => {}
+                Kind::Bye => return mailbox.end(rank, format!("rank {rank} has ended")),
+                Kind::Failed => {
+                    return mailbox.fail(String::from_utf8_lossy(&bytes).into_owned());
+                }
+                Kind::Hello | Kind::Welcome | Kind::Refused => {
+                    return mailbox.fail(lost(rank, "it sent a greeting amid the run"));
+                }
+            },
+            Err(frame::FrameError::Silent) => {
+                let reason = format!("nothing was heard of it for {} s", deadline.as_secs_f32());
+                return mailbox.fail(lost(rank, &reason));
+            }
+            Err(error) => return mailbox.fail(lost(rank, &error.to_string())),
+        }
+        sequence += 1;
+    }
+}
+
+/// Hears of a failure while the program may be waiting for something else.
+#[derive(Debug)]
+pub struct Watch(Arc<Mailbox<(WireType, Vec<u8>)>>);
+
+impl Watch {
+    /// Waits until the run cannot go on, and tells why; `None` once this rank has ended in order.
+    pub fn wait(&self) -> Option<String> {
+        self.0.wait_for_failure()
+    }
+}
+
+impl Tcp {
+    /// Why the run cannot go on, if so.
+    pub fn failure(&self) -> Option<String> {
+        self.mailbox.failure()
+    }
+
+    /// What waits for a failure beside the program.
+    pub fn watch(&self) -> Watch {
+        Watch(self.mailbox.clone())
+    }
+
+    /// Tells all others that this rank ends because of `reason`. Where another's failure is the
+    /// cause, they hear of that one.
+    pub fn fail(&self, reason: &str) {
+        let reason = match self.failure() {
+            Some(cause) => cause,
+            None => format!("rank {} failed: {reason}", self.rank),
+        };
+        self.part(|| Letter::Failed(reason.chars().take(4096).collect()));
+        // Whatever of this process still waits ends too.
+        self.mailbox.fail(reason);
+    }
+
+    /// Sends everyone a last letter and waits until it is on its way.
+    fn part(&self, last: impl Fn() -> Letter) {
+        for peer in self.peers.iter().flatten() {
+            // A writer that is gone has told of its connection's end.
+            let _gone = peer.queue.send(last());
+        }
+        for peer in self.peers.iter().flatten() {
+            let mut writer = peer.writer.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(writer) = writer.take() {
+                let _panicked = writer.join();
+            }
+        }
+    }
+}
+
+impl Drop for Tcp {
+    fn drop(&mut self) {
+        self.mailbox.close();
+        self.part(|| Letter::Bye);
+    }
+}
+
+impl Transport for Tcp {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn next_group(&self) -> &AtomicU32 {
+        &self.next_group
+    }
+
+    fn send(
+        &self,
+        to: &[usize],
+        group: u32,
+        operation: Operation,
+        tensor: Tensor<1>,
+    ) -> Result<(), String> {
+        if let Some(reason) = self.failure() {
+            return Err(reason);
+        }
+        let (dtype, bytes) = wire::to_bytes(tensor)?;
+        if bytes.len() as u64 > frame::MAX_BYTES {
+            return Err(format!("a tensor of {} bytes is too long", bytes.len()));
+        }
+        let bytes = Arc::new(bytes);
+        for &to in to {
+            match &self.peers[to] {
+                None => {
+                    let letter = (dtype, bytes.to_vec());
+                    self.mailbox.put(group, to, operation, letter);
+                }
+                Some(peer) => {
+                    let letter = Letter::Tensor {
+                        group,
+                        operation,
+                        dtype,
+                        bytes: bytes.clone(),
+                    };
+                    let sent = peer.queue.send(letter);
+                    sent.map_err(|_| format!("rank {to} takes nothing any more"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(
+        &self,
+        from: usize,
+        group: u32,
+        device: &Device,
+    ) -> Result<(Operation, Tensor<1>), String> {
+        let (operation, (dtype, bytes)) = self.mailbox.take(group, from)?;
+        Ok((operation, wire::from_bytes(dtype, &bytes, device)))
+    }
+}
