@@ -10,14 +10,15 @@ use ttt_data::{Dataset, Split};
 
 /// `configs/quickstart.toml` cut to 110 steps in `dir`.
 fn train(dir: &Path, more: &[&str]) -> Output {
+    start(&[], dir, &[&["--set", "train.steps=110"], more].concat())
+}
+
+/// `configs/quickstart.toml` in `dir`, behind the words `before`.
+fn start(before: &[&str], dir: &Path, more: &[&str]) -> Output {
     let set = |key: &str, name: &str| format!("{key}={}", dir.join(name).display());
     Command::new(env!("CARGO_BIN_EXE_ttt"))
-        .args([
-            "train",
-            "configs/quickstart.toml",
-            "--set",
-            "train.steps=110",
-        ])
+        .args(before)
+        .args(["train", "configs/quickstart.toml"])
         .args([
             "--set",
             &set("run.dir", "run"),
@@ -65,4 +66,33 @@ fn quickstart_beats_token_frequencies_with_and_without_fast_weights() {
             thread.join().expect("both runs hold");
         }
     });
+}
+
+/// The losses of a run, step by step.
+fn losses(dir: &Path) -> Vec<f64> {
+    let text = std::fs::read_to_string(dir.join("run/metrics.jsonl")).expect("metrics");
+    let lines = text.lines().filter_map(|line| {
+        let line: serde_json::Value = serde_json::from_str(line).expect("a line of JSON");
+        line.get("loss")?.as_f64()
+    });
+    lines.collect()
+}
+
+/// Two processes through the launcher train it to the losses of one.
+#[test]
+fn two_processes_train_it_like_one() {
+    let brief = ["--set", "train.steps=12", "--set", "eval.every=0"];
+    let run = |before: &[&str]| {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let output = start(before, dir.path(), &brief);
+        assert!(output.status.success(), "{}", support::stderr(&output));
+        losses(dir.path())
+    };
+    let (one, two) = (run(&[]), run(&["launch", "--nproc", "2", "--"]));
+    assert_eq!((one.len(), two.len()), (12, 12));
+    for (step, (one, two)) in one.iter().zip(&two).enumerate() {
+        // Sums in another order, which AdamW turns into a few parts in 1e6 of the weights.
+        let error = (one - two).abs() / one;
+        assert!(error < 2e-5, "step {step}: {two} instead of {one}");
+    }
 }
