@@ -209,14 +209,11 @@ pub fn long_attentions() -> Vec<Op> {
     ]
 }
 
-/// The part of a rank in the middle of three, `tokens` each, of two rows: one in documents that begin and
-/// end within it, one whole.
-pub fn middle(tokens: usize) -> (Packing, Context) {
-    let packing = packed(2, 3 * tokens).part(tokens..2 * tokens);
-    (
-        packing,
-        Context::new(Arc::new(Mirror { rank: 1, size: 3 }), settings()),
-    )
+/// The part of the rows `whole` that a rank in the middle of three has, and its place.
+pub fn middle(whole: &Packing) -> (Packing, Context) {
+    let part = whole.length() / 3;
+    let mirror = Arc::new(Mirror { rank: 1, size: 3 });
+    (whole.part(part..2 * part), Context::new(mirror, settings()))
 }
 
 fn settings() -> ContextSettings {
@@ -236,7 +233,7 @@ fn shared_attention_case(name: &str, window: Option<usize>, groups: usize) -> Op
     ];
     let name = format!("attention of a part of rows, {name}");
     op(&name, &inputs, CHAIN, move |x| {
-        let (packing, context) = middle(tokens);
+        let (packing, context) = middle(&packed(batch, 3 * tokens));
         let spec = AttentionSpec {
             window,
             scale: (size as f64).powf(-0.5),
@@ -255,19 +252,16 @@ fn shared_attention_case(name: &str, window: Option<usize>, groups: usize) -> Op
 fn shared_scan_case(chunk: usize) -> Op {
     let starts = vec![vec![0, 60, 100, 200], vec![0], vec![0, 80, 160]];
     let whole = Packing::new(240, starts).unwrap_or_else(|_| Packing::whole_rows(3, 240));
-    let packing = whole.part(80..160);
     let run = move |x: &[Tensor<1>]| {
         let z: Tensor<3> = x[0].clone().reshape([3, 80, 48]);
         let v: Tensor<3> = x[1].clone().reshape([3, 80, 40]);
+        let (packing, context) = middle(&whole);
         let spec = ScanSpec {
             lr: 0.3,
             chunk,
             clip: None,
-            packing: packing.clone(),
-            context: Some(Context::new(
-                Arc::new(Mirror { rank: 1, size: 3 }),
-                settings(),
-            )),
+            packing,
+            context: Some(context),
         };
         let w0 = cast(x[2].clone(), DType::F32).reshape([40, 48]);
         flat(fast_weight_scan(z, v, w0, spec).output)

@@ -72,10 +72,11 @@ pub fn all() -> Vec<Op> {
         Half {
             window: Some(80),
             qk_norm: true,
+            packing: Some(packed(2, 600)),
             shared: true,
             ..causal.clone()
         }
-        .attention("normed heads, a part of rows"),
+        .attention("normed heads, documents, a part of rows"),
         mlp(2, 101, 96, 264, false),
         mlp(1, 130, 1024, 128, true),
         mlp(3, 333, 192, 384, false),
@@ -97,7 +98,7 @@ struct Half {
     qk_norm: bool,
     /// Whether the projections lie in one buffer, as a unit's parameters do.
     joined: bool,
-    /// Whether the rows are the part of a rank among others.
+    /// Whether the rows are the part that a rank in the middle of three has of longer ones.
     shared: bool,
 }
 
@@ -156,7 +157,8 @@ impl Half {
         let (packing, context) = match self.shared {
             false => (self.packing.clone(), None),
             true => {
-                let (part, context) = middle(self.tokens);
+                let rows = || Packing::whole_rows(self.batch, 3 * self.tokens);
+                let (part, context) = middle(&self.packing.clone().unwrap_or_else(rows));
                 (Some(part), Some(context))
             }
         };
