@@ -138,8 +138,12 @@ impl SharedAttention {
                 (output, keys(Some(saved), None))
             }
             Some((output, of_first)) => {
-                let (own, saved) = run(&self.over_own(), inputs);
-                (replaced(own, output), keys(Some(of_first), Some(saved)))
+                // One output is kept, written in place: the backward pass multiplies what it has of the
+                // first queries by their gradient, zero.
+                let (own, (q, k, v, _, sums)) = run(&self.over_own(), inputs);
+                let output = replaced(own, output);
+                let saved = (q, k, v, output.clone(), sums);
+                (output, keys(Some(of_first), Some(saved)))
             }
             None => {
                 let (own, saved) = run(&self.over_own(), inputs);
