@@ -52,8 +52,8 @@ pub fn attention_sublayer(
     (cos, sin): (&Tensor<2>, &Tensor<2>),
     spec: &AttentionSpec,
 ) -> Option<Tensor<3>> {
-    if spec.context.is_some() {
-        return None; // keys travel between the rotation and the scores
+    if spec.lacks_context() {
+        return None; // refused by the operation that stands for it
     }
     #[cfg(feature = "cuda")]
     return crate::cuda::sublayer::attention(x, weights, (cos, sin), spec);

@@ -13,7 +13,7 @@ use ttt_kernels::{ContextSettings, Packing};
 use ttt_model::rope::RopeTable;
 use ttt_model::{Batch, Block, Init, LayerType, ModelConfig, ModelType, ParamSpec, Target};
 use ttt_model::{TttConfig, Unit};
-use ttt_parallel::threads::on_mesh;
+use ttt_parallel::threads::{on_mesh, on_threads};
 use ttt_parallel::{Layout, Mesh};
 use ttt_train::config::{Activations, OnBadGradient, OptimizerConfig, ScheduleKind};
 use ttt_train::evaluate::evaluate;
@@ -413,6 +413,25 @@ fn positions_go_on_across_ranks() {
         let error = relative_error_of(&parts.concat(), &expected);
         assert_eq!(error > 1e-3, forget, "{error:e}");
     }
+}
+
+/// A rank that is lost in the middle of a pass is an error of the others' pass, not a wrong gradient.
+#[test]
+fn a_lost_rank_ends_the_pass() {
+    let errors = on_threads(2, |rank| {
+        let mesh = Mesh::new(Arc::new(rank.clone()), layout(1, 1, 2)).expect("two ranks");
+        if mesh.context.rank() == 1 {
+            rank.leave();
+            return None;
+        }
+        let case = case(Target::Embedding, Activations::Keep);
+        let mut model = model(&config(case.target), case.settings, &mesh);
+        let micro = micro_batches(&mesh, &rows()).remove(0);
+        let pass = model.accumulate(&micro, 0.01, case.activations, &mesh);
+        Some(pass.expect_err("rank 1 left").to_string())
+    });
+    let error = errors[0].as_ref().expect("rank 0 tried");
+    assert!(error.contains("rank 1 has left"), "{error}");
 }
 
 /// Rows that the ranks do not divide are refused in a sentence.

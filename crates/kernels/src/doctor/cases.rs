@@ -158,6 +158,9 @@ pub fn all() -> Vec<Op> {
         }
     }
     all.extend([16, 2].map(shared_scan_case));
+    all.push(shared_attention_case("window 80", Some(80), 2));
+    all.push(shared_attention_case("keys travel", None, 2));
+    all.push(shared_attention_case("heads travel", None, 3));
     all.extend(super::halves::all());
     all.extend(attentions());
     all
@@ -206,28 +209,59 @@ pub fn long_attentions() -> Vec<Op> {
     ]
 }
 
+/// The part of the rows `whole` that a rank in the middle of three has, and its place.
+pub fn middle(whole: &Packing) -> (Packing, Context) {
+    let part = whole.length() / 3;
+    let mirror = Arc::new(Mirror { rank: 1, size: 3 });
+    (whole.part(part..2 * part), Context::new(mirror, settings()))
+}
+
+fn settings() -> ContextSettings {
+    ContextSettings {
+        states: StateExchange::AllGather,
+        ..ContextSettings::default()
+    }
+}
+
+fn shared_attention_case(name: &str, window: Option<usize>, groups: usize) -> Op {
+    let (batch, tokens, heads, size) = (2, 200, 6, 64);
+    let count = |heads: usize| batch * tokens * heads * size;
+    let inputs = [
+        (count(heads), 1.0),
+        (count(groups), 1.0),
+        (count(groups), 1.0),
+    ];
+    let name = format!("attention of a part of rows, {name}");
+    op(&name, &inputs, CHAIN, move |x| {
+        let (packing, context) = middle(&packed(batch, 3 * tokens));
+        let spec = AttentionSpec {
+            window,
+            scale: (size as f64).powf(-0.5),
+            query_offset: 0,
+            packing: Some(packing),
+            context: Some(context),
+        };
+        let shaped = |i: usize, h: usize| x[i].clone().reshape([batch, tokens, h, size]);
+        let (q, k, v) = (shaped(0, heads), shaped(1, groups), shaped(2, groups));
+        flat(attention(q, k, v, spec))
+    })
+}
+
 /// A rank in the middle of three: in its first row a document ends that an earlier rank began, and one
 /// begins that a later rank ends; its second row is one document; none of its third crosses an edge.
 fn shared_scan_case(chunk: usize) -> Op {
     let starts = vec![vec![0, 60, 100, 200], vec![0], vec![0, 80, 160]];
     let whole = Packing::new(240, starts).unwrap_or_else(|_| Packing::whole_rows(3, 240));
-    let packing = whole.part(80..160);
-    let settings = ContextSettings {
-        states: StateExchange::AllGather,
-        ..ContextSettings::default()
-    };
     let run = move |x: &[Tensor<1>]| {
         let z: Tensor<3> = x[0].clone().reshape([3, 80, 48]);
         let v: Tensor<3> = x[1].clone().reshape([3, 80, 40]);
+        let (packing, context) = middle(&whole);
         let spec = ScanSpec {
             lr: 0.3,
             chunk,
             clip: None,
-            packing: packing.clone(),
-            context: Some(Context::new(
-                Arc::new(Mirror { rank: 1, size: 3 }),
-                settings,
-            )),
+            packing,
+            context: Some(context),
         };
         let w0 = cast(x[2].clone(), DType::F32).reshape([40, 48]);
         flat(fast_weight_scan(z, v, w0, spec).output)

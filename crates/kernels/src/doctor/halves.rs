@@ -4,7 +4,7 @@
 
 use burn::tensor::{DType, Tensor};
 
-use super::cases::{CHAIN, angles, flat, op, packed};
+use super::cases::{CHAIN, angles, flat, middle, op, packed};
 use super::compare::Op;
 use crate::fused::{AttentionWeights, GateWeights, attention_sublayer, gated, mlp_sublayer};
 use crate::{AttentionSpec, Packing, attention, linear, rms_norm, rope, swiglu};
@@ -24,6 +24,7 @@ pub fn all() -> Vec<Op> {
         packing: None,
         qk_norm: false,
         joined: false,
+        shared: false,
     };
     let packing = packed(2, 200);
     vec![
@@ -61,6 +62,21 @@ pub fn all() -> Vec<Op> {
             ..causal.clone()
         }
         .attention("normed heads, documents, window"),
+        Half {
+            window: Some(80),
+            joined: true,
+            shared: true,
+            ..causal.clone()
+        }
+        .attention("a part of rows"),
+        Half {
+            window: Some(80),
+            qk_norm: true,
+            packing: Some(packed(2, 600)),
+            shared: true,
+            ..causal.clone()
+        }
+        .attention("normed heads, documents, a part of rows"),
         mlp(2, 101, 96, 264, false),
         mlp(1, 130, 1024, 128, true),
         mlp(3, 333, 192, 384, false),
@@ -82,6 +98,8 @@ struct Half {
     qk_norm: bool,
     /// Whether the projections lie in one buffer, as a unit's parameters do.
     joined: bool,
+    /// Whether the rows are the part that a rank in the middle of three has of longer ones.
+    shared: bool,
 }
 
 impl Half {
@@ -136,12 +154,20 @@ impl Half {
         };
         let (q, k, v) = (matrix(), matrix(), matrix());
         let (cos, sin) = angles(&inputs[0], self.tokens, size);
+        let (packing, context) = match self.shared {
+            false => (self.packing.clone(), None),
+            true => {
+                let rows = || Packing::whole_rows(self.batch, 3 * self.tokens);
+                let (part, context) = middle(&self.packing.clone().unwrap_or_else(rows));
+                (Some(part), Some(context))
+            }
+        };
         let spec = AttentionSpec {
             window: self.window,
             scale: (size as f64).powf(-0.5),
             query_offset: 0,
-            packing: self.packing.clone(),
-            context: None,
+            packing,
+            context,
         };
         let weights = AttentionWeights {
             norm: &norm,

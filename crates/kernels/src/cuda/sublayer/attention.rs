@@ -2,6 +2,7 @@
 
 use burn::tensor::{DType, Tensor};
 
+use super::edge::Edge;
 use super::mlp::gradient;
 use super::stacked::{Stacked, split, weight_gradient};
 use crate::AttentionSpec;
@@ -12,6 +13,8 @@ use crate::cuda::norm::{BackwardAt, Norm};
 use crate::cuda::stream::{Buffer, on_stream};
 use crate::function::{Forward, Function, Value, apply};
 use crate::fused::AttentionWeights;
+use crate::ops::attention::Saved as AttentionSaved;
+use crate::ops::attention::shared::SharedAttention;
 
 /// See [`crate::fused::attention_sublayer`].
 pub fn attention(
@@ -35,6 +38,10 @@ pub fn attention(
     let [batch, tokens, _] = x.dims();
     let heads = half.heads(batch * tokens, w.q.dims()[0], w.k.dims()[0]);
     heads.check(w.qk_norm.is_some())?;
+    let shared = SharedAttention::new(spec);
+    if shared.is_some_and(|s| !s.is_own_but_for_the_first(heads.groups)) {
+        return None;
+    }
     // Both directions have the same forms, so one tells.
     Call::new(&heads.extents(tokens), spec, &like, false)?;
     let absent = || Tensor::zeros([1], (&x.device().without_autodiff(), DType::F32));
@@ -81,8 +88,8 @@ impl Attention {
 }
 
 /// Everything the passes read, on the device.
-struct Inputs {
-    x: Buffer,
+pub(super) struct Inputs {
+    pub x: Buffer,
     gain: Buffer,
     q: Buffer,
     k: Buffer,
@@ -92,8 +99,8 @@ struct Inputs {
     cos: Buffer,
     sin: Buffer,
     norm: Norm,
-    heads: Heads,
-    extents: Extents,
+    pub heads: Heads,
+    pub extents: Extents,
 }
 
 impl Inputs {
@@ -165,6 +172,8 @@ mod at {
 
 #[derive(Clone, Debug)]
 struct Saved {
+    /// Of the first queries, where they see keys of other ranks.
+    first: Option<AttentionSaved>,
     inputs: [Value; 8],
     /// Queries, keys and values as attention saw them: T·S, laid out by [`Heads`].
     qkv: Buffer,
@@ -191,37 +200,44 @@ impl Function<8> for Attention {
         let sums = i.x.empty(call.statistics(&i.extents), DType::F32);
         let mut reads = i.reads();
         reads.extend(&call.documents);
-        let mut writes = vec![&y, &n, &qkv, &mixed, &sums];
+        let mut writes = vec![&n, &qkv, &mixed, &sums];
         writes.extend(&raw);
         on_stream(&reads, &writes, |cx, from, to| {
-            i.norm.forward(cx, to[1], from[at::X], from[at::GAIN])?;
-            let projected = to.get(5).copied().unwrap_or(to[2]);
-            let n = i.bf16(to[1], d);
+            i.norm.forward(cx, to[0], from[at::X], from[at::GAIN])?;
+            let projected = to.get(4).copied().unwrap_or(to[1]);
+            let n = i.bf16(to[0], d);
             let rows = i.heads.matrices(projected);
             i.weights(from).forward(cx, n, &rows)?;
             let tables = (from[at::COS], from[at::SIN]);
             let gains = (from[at::Q_GAIN], from[at::K_GAIN]);
             match self.qk_norm {
-                false => i.heads.rotate(cx, to[2], &i.extents, tables, 1.0)?,
+                false => i.heads.rotate(cx, to[1], &i.extents, tables, 1.0)?,
                 true => i.heads.norm_rotate(
                     cx,
-                    (to[2], projected),
+                    (to[1], projected),
                     &i.extents,
                     tables,
                     (gains, &i.gains[0]),
                 )?,
             }
-            let [q, k, v] = i.heads.qkv(to[2]);
-            let addresses = vec![q, k, v, to[3], to[4]];
-            call.run(cx, addresses, from.get(at::END).copied())?;
-            let w = Matrix::new(from[at::O], d, i.mixed(), DType::BF16);
-            let (mixed, y) = (i.bf16(to[3], i.mixed()), i.bf16(to[0], d));
-            cx.gemm_onto(mixed, w.t(), y, from[at::X], 1.0, 1.0)
+            let [q, k, v] = i.heads.qkv(to[1]);
+            let addresses = vec![q, k, v, to[2], to[3]];
+            call.run(cx, addresses, from.get(at::END).copied())
+        });
+        let (mixed, first) = match SharedAttention::new(&self.spec) {
+            None => (mixed, None),
+            Some(shared) => Edge::new(shared, &i).forward(&qkv, mixed),
+        };
+        on_stream(&[&mixed, &i.o, &i.x], &[&y], |cx, from, to| {
+            let w = Matrix::new(from[1], d, i.mixed(), DType::BF16);
+            let (mixed, y) = (i.bf16(from[0], i.mixed()), i.bf16(to[0], d));
+            cx.gemm_onto(mixed, w.t(), y, from[2], 1.0, 1.0)
         });
         Forward {
             output: y.tensor::<3>().into(),
             extra: vec![],
             saved: Saved {
+                first,
                 inputs,
                 qkv,
                 raw,
@@ -250,69 +266,84 @@ impl Function<8> for Attention {
         let head_gains = i.x.empty([2, self.size], DType::F32);
         let head_partial = i.heads.partial(&i.x);
         let scratch = call.scratch(&i.extents, &i.x);
-        let mut reads = i.reads();
-        reads.extend([&saved.qkv, &saved.mixed, &saved.log_sum_exp, &dy]);
-        reads.extend(&saved.raw);
+        on_stream(
+            &[&dy, &i.o, &saved.mixed],
+            &[&dmixed, &dwo],
+            |cx, from, to| {
+                let dy = i.bf16(from[0], d);
+                let wo = Matrix::new(from[1], d, m, DType::BF16);
+                cx.gemm(dy, wo, i.bf16(to[0], m), 1.0, 0.0)?;
+                let dwo = Matrix::new(to[1], d, m, DType::F32);
+                cx.gemm(dy.t(), i.bf16(from[2], m), dwo, 1.0, 0.0)
+            },
+        );
+        let edge = SharedAttention::new(&self.spec).map(|shared| Edge::new(shared, &i));
+        let (dmixed, of_edge) = match &edge {
+            None => (dmixed, None),
+            Some(edge) => edge.backward(saved.first, dmixed),
+        };
+        let mut reads = vec![&saved.qkv, &saved.mixed, &saved.log_sum_exp, &dmixed];
         reads.extend(&call.documents);
-        let mut writes = vec![
+        let mut writes = vec![&dqkv];
+        writes.extend(&scratch);
+        on_stream(&reads, &writes, |cx, from, to| {
+            let [q, k, v] = i.heads.qkv(from[0]);
+            let [dq, dk, dv] = i.heads.qkv(to[0]);
+            let mut addresses = vec![q, k, v, from[1], from[2], from[3], dq, dk, dv];
+            addresses.extend(&to[1..]);
+            call.run(cx, addresses, from.get(4).copied())
+        });
+        let dqkv = match (&edge, of_edge) {
+            (Some(edge), Some(gradients)) => edge.added(dqkv, gradients),
+            _ => dqkv,
+        };
+        let mut reads = i.reads();
+        reads.push(&dy);
+        reads.extend(&saved.raw);
+        // Rotated back where it lies.
+        let writes = [
             &dx,
             &dgain,
             &dw,
-            &dwo,
             &dqkv,
-            &dmixed,
             &dn,
             &n,
             &partial,
             &head_gains,
             &head_partial,
         ];
-        writes.extend(&scratch);
         on_stream(&reads, &writes, |cx, from, to| {
-            let [qkv, mixed, sums, dy] = [0, 1, 2, 3].map(|k| from[at::END + k]);
-            let mut more = from[at::END + 4..].iter().copied();
-            let raw = if self.qk_norm { more.next() } else { None };
-            let documents = more.next();
-            let dy_rows = i.bf16(dy, d);
-            let wo = Matrix::new(from[at::O], d, m, DType::BF16);
-            cx.gemm(dy_rows, wo, i.bf16(to[5], m), 1.0, 0.0)?;
-            let dwo = Matrix::new(to[3], d, m, DType::F32);
-            cx.gemm(dy_rows.t(), i.bf16(mixed, m), dwo, 1.0, 0.0)?;
-
-            let [q, k, v] = i.heads.qkv(qkv);
-            let [dq, dk, dv] = i.heads.qkv(to[4]);
-            let mut addresses = vec![q, k, v, mixed, sums, to[5], dq, dk, dv];
-            addresses.extend(&to[11..]);
-            call.run(cx, addresses, documents)?;
+            let dy = from[at::END];
+            let raw = from.get(at::END + 1).copied();
             let tables = (from[at::COS], from[at::SIN]);
             let gains = (from[at::Q_GAIN], from[at::K_GAIN]);
             match raw {
-                None => i.heads.rotate(cx, to[4], &i.extents, tables, -1.0)?,
+                None => i.heads.rotate(cx, to[3], &i.extents, tables, -1.0)?,
                 Some(raw) => i.heads.norm_rotate_backward(
                     cx,
-                    (to[4], raw),
+                    (to[3], raw),
                     &i.extents,
                     tables,
                     (gains, &i.gains[0]),
-                    (to[9], to[10]),
+                    (to[7], to[8]),
                 )?,
             }
 
-            let dqkv = i.heads.matrices(to[4]);
+            let dqkv = i.heads.matrices(to[3]);
             i.weights(from)
-                .input_gradient(cx, &dqkv, i.bf16(to[6], d))?;
+                .input_gradient(cx, &dqkv, i.bf16(to[4], d))?;
             let norm = BackwardAt {
                 x: from[at::X],
                 weight: from[at::GAIN],
-                dy: to[6],
+                dy: to[4],
                 residual: dy,
                 dx: to[0],
                 dw: to[1],
-                y: to[7],
-                partial: to[8],
+                y: to[5],
+                partial: to[6],
             };
             i.norm.backward(cx, &norm)?;
-            weight_gradient(cx, &dqkv, i.bf16(to[7], d), to[2])
+            weight_gradient(cx, &dqkv, i.bf16(to[5], d), to[2])
         });
         let [dq, dk, dv] = split(dw, i.rows());
         let gains = head_gains.tensor::<2>();

@@ -3,6 +3,7 @@
 //! T = B·N tokens, S = (H + 2 G) E: queries, keys and values of a token lie in one row.
 
 mod attention;
+mod edge;
 mod mlp;
 mod stacked;
 

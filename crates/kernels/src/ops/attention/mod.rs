@@ -29,6 +29,18 @@ pub struct AttentionSpec {
     pub context: Option<Context>,
 }
 
+impl AttentionSpec {
+    fn is_part(&self) -> bool {
+        let part = |p: &Packing| p.length() < p.whole().length();
+        self.packing.as_ref().is_some_and(part)
+    }
+
+    /// Whether other ranks have keys that these queries see, and nothing says which ranks.
+    pub(crate) fn lacks_context(&self) -> bool {
+        self.is_part() && self.context.is_none()
+    }
+}
+
 /// Softmax attention: q `[B, N, H, E]`; k, v `[B, S, G, E]` → `[B, N, H, E]`.
 ///
 /// Query head a uses key-value head ⌊a G / H⌋. Query i stands at key position `query_offset` + i and
@@ -47,19 +59,20 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: AttentionSpec) 
         spec.query_offset
     );
     let inputs = [q.into(), k.into(), v.into()];
-    let part = |p: &Packing| p.length() < p.whole().length();
-    if !spec.packing.as_ref().is_some_and(part) {
+    if !spec.is_part() {
         return apply(Attention { spec }, inputs).tensor();
     }
+    assert!(
+        !spec.lacks_context(),
+        "queries in a part of rows see nothing of the other parts"
+    );
     assert_eq!(
         (spec.query_offset, queries),
         (0, keys),
         "this rank's own keys"
     );
-    match SharedAttention::new(&spec) {
-        Some(shared) => apply(shared, inputs).tensor(),
-        None => panic!("queries in a part of rows see nothing of the other parts"),
-    }
+    let shared = SharedAttention::new(&spec).expect("a part of rows, and ranks that share them");
+    apply(shared, inputs).tensor()
 }
 
 #[derive(Debug)]

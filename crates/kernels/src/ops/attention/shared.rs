@@ -40,7 +40,7 @@ pub enum Shared {
     /// where there are none of the one or of the other.
     Keys(Box<[Option<Saved>; 2]>),
     /// Of this rank's share of the heads.
-    Heads(Saved),
+    Heads(Box<Saved>),
 }
 
 impl Function<3> for SharedAttention {
@@ -52,7 +52,7 @@ impl Function<3> for SharedAttention {
             true => {
                 let (output, saved) = run(&self.over_heads(), self.to_heads([q, k, v]));
                 let [output] = self.to_tokens([output]);
-                (output, Shared::Heads(saved))
+                (output, Shared::Heads(Box::new(saved)))
             }
             false => {
                 let kv = |range: Range<usize>| [&k, &v].map(|x| along(x, range.clone()));
@@ -72,7 +72,7 @@ impl Function<3> for SharedAttention {
         let all = match saved {
             Shared::Heads(saved) => {
                 let [dy] = self.to_heads([dy]);
-                self.to_tokens(gradients(self.over_heads(), saved, dy))
+                self.to_tokens(gradients(self.over_heads(), *saved, dy))
             }
             Shared::Keys(saved) => {
                 let [first, own] = *saved;
@@ -108,6 +108,7 @@ impl SharedAttention {
 
     /// Whether the values of this rank's tokens are those of attention among themselves but for the
     /// first, which [`SharedAttention::first`] gives.
+    #[cfg(feature = "cuda")]
     pub fn is_own_but_for_the_first(&self, groups: usize) -> bool {
         !self.heads_travel(groups) && self.first_queries() < self.packing.length()
     }
@@ -137,8 +138,12 @@ impl SharedAttention {
                 (output, keys(Some(saved), None))
             }
             Some((output, of_first)) => {
-                let (own, saved) = run(&self.over_own(), inputs);
-                (replaced(own, output), keys(Some(of_first), Some(saved)))
+                // One output is kept, written in place: the backward pass multiplies what it has of the
+                // first queries by their gradient, zero.
+                let (own, (q, k, v, _, sums)) = run(&self.over_own(), inputs);
+                let output = replaced(own, output);
+                let saved = (q, k, v, output.clone(), sums);
+                (output, keys(Some(of_first), Some(saved)))
             }
             None => {
                 let (own, saved) = run(&self.over_own(), inputs);
