@@ -65,7 +65,6 @@ pub fn told_by_rank(error: &anyhow::Error, text: &str) -> Option<String> {
 
 pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
     let config = Config::load(&args.config.config, &args.config.sets)?;
-    let context = config.parallel.context_settings();
     match args.gpus {
         None => println!("{}", Plan::new(&config)),
         Some(count) => {
@@ -78,7 +77,7 @@ pub fn plan(args: &PlanArgs) -> anyhow::Result<()> {
                 true => Some(config.parallel.layout(count)?),
                 false => None,
             };
-            println!("{}", propose(&config, gpus, given, &context)?);
+            println!("{}", propose(&config, gpus, given)?);
         }
     }
     Ok(())

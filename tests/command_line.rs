@@ -43,6 +43,14 @@ fn mistakes_are_told_in_one_line() {
             "--set train.step=3: unknown key train.step; did you mean steps?",
         ),
         (
+            vec!["plan", quickstart, "--gpus", "2"],
+            "run.device: is \"cpu\", and GPUs were asked for: add --set run.device=cuda",
+        ),
+        (
+            vec!["plan", "configs/14b.toml", "--gpus", "1"],
+            "no layout fits into 1 x 80.0 GiB (76.1 of each usable): replicate 1, shard 1, context 1 with",
+        ),
+        (
             vec!["train", quickstart, "--set", "train.steps=ten"],
             "--set train.steps=ten: train.steps: expected a whole number, 0 or more, found string \"ten\"",
         ),

@@ -12,7 +12,6 @@ mod speed;
 mod table;
 mod traffic;
 
-use ttt_kernels::ContextSettings;
 use ttt_model::ParamGroup;
 use ttt_model::flops::ForwardFlops;
 use ttt_model::params::all_params;
@@ -54,13 +53,19 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan of a valid configuration on one device.
+    /// The plan of a valid configuration on the ranks that its `[parallel]` asks for.
     pub fn new(config: &Config) -> Self {
-        Self::on(config, Layout::SINGLE, &ContextSettings::default())
+        let asked = &config.parallel;
+        let layout = Layout {
+            replicate: asked.replicate.unwrap_or(1),
+            shard: asked.shard,
+            context: asked.context,
+        };
+        Self::on(config, layout)
     }
 
     /// The plan of a valid configuration on the ranks of `layout`, which divide its rows.
-    pub fn on(config: &Config, layout: Layout, context: &ContextSettings) -> Self {
+    pub fn on(config: &Config, layout: Layout) -> Self {
         let params = all_params(&config.model);
         let groups = [
             ParamGroup::Embedding,
@@ -84,8 +89,8 @@ impl Plan {
             sequence_length: train.sequence_length,
             micro_batch_rows: train.micro_batch_rows,
             rows: train.batch_rows(),
-            memory: Memory::estimate(config, layout, context),
-            traffic: Traffic::busiest(config, layout, context),
+            memory: Memory::estimate(config, layout),
+            traffic: Traffic::busiest(config, layout),
             layout,
         }
     }

@@ -96,7 +96,7 @@ fn train_on(
 
     // ---- model, new or where it was left --------------------------------------------------------
     let context = config.parallel.context_settings();
-    let plan = Plan::on(config, mesh.layout(), &context);
+    let plan = Plan::on(config, mesh.layout());
     if speaks {
         println!("{plan}");
     }
@@ -270,10 +270,12 @@ fn train_on(
 
     // ---- a sample -------------------------------------------------------------------------------
     if let Some(prompt) = &config.eval.sample_prompt {
-        let units = Unit::all(&config.model)
-            .into_iter()
-            .map(|unit| model.params(unit, &mesh));
-        let units = units.collect::<Result<Vec<_>, _>>()?;
+        let mut units = vec![];
+        for unit in Unit::all(&config.model) {
+            // All ranks gather it, one needs it whole.
+            let params = model.params(unit, &mesh)?;
+            units.extend(speaks.then_some(params));
+        }
         if speaks {
             let decoder = Decoder::new(&config.model, units, compute, &device);
             let sampling = Sampling {

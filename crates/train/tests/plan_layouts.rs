@@ -9,8 +9,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use burn::tensor::{DType, Device};
 use common::{Watched, layout, on_ranks};
 use ttt_data::Row;
-use ttt_kernels::ContextSettings;
-use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
 use ttt_model::Unit;
 use ttt_parallel::{Mesh, ProcessGroup};
 use ttt_train::config::{Config, OnBadGradient};
@@ -61,7 +59,7 @@ impl Counts {
 }
 
 /// One step of the program on one rank.
-fn step(config: &Config, context: ContextSettings, mesh: &Mesh) {
+fn step(config: &Config, mesh: &Mesh) {
     let device = Device::flex();
     let unit = |unit| {
         let values = |spec: &_| Ok::<_, std::convert::Infallible>(initial_values(spec, 1));
@@ -73,7 +71,7 @@ fn step(config: &Config, context: ContextSettings, mesh: &Mesh) {
         compute: compute_dtype(config.run.device, config.train.compute),
         device: device.clone(),
         rope: RopeCache::default(),
-        context,
+        context: config.parallel.context_settings(),
     };
     let skip = OnBadGradient::Skip;
     let mut updater = Updater::new(&config.optimizer, skip, None, DType::F32, 0.0, &device);
@@ -101,43 +99,22 @@ fn step(config: &Config, context: ContextSettings, mesh: &Mesh) {
 #[test]
 fn ranks_send_what_the_plan_says() {
     let window = "model.sliding_window=20";
-    let cases: [(&[&str], ContextSettings); 7] = [
-        (&[window], ContextSettings::default()),
-        (
-            &[
-                window,
-                "train.activations=recompute",
-                "train.micro_batch_rows=1",
-            ],
-            ContextSettings {
-                payload: Payload::Bf16,
-                ..ContextSettings::default()
-            },
-        ),
-        (
-            &["model.tie_word_embeddings=true"],
-            ContextSettings {
-                states: StateExchange::Chain,
-                attention: AttentionExchange::Keys,
-                ..ContextSettings::default()
-            },
-        ),
-        (
-            &[
-                "model.tie_word_embeddings=true",
-                "train.activations=recompute",
-            ],
-            ContextSettings {
-                states: StateExchange::AllGather,
-                attention: AttentionExchange::Auto,
-                ..ContextSettings::default()
-            },
-        ),
-        (&["model.sliding_window=5"], ContextSettings::default()),
-        (&["model.ttt.enabled=false"], ContextSettings::default()),
-        (&[window, "train.compute=bf16"], ContextSettings::default()),
+    let recompute = "train.activations=recompute";
+    let tied = "model.tie_word_embeddings=true";
+    let payload = "parallel.context_payload=bf16";
+    let [chain, gather] =
+        ["chain", "all-gather"].map(|how| format!("parallel.context_states={how}"));
+    let keys = "parallel.context_attention=keys";
+    let cases: [&[&str]; 7] = [
+        &[window],
+        &[window, recompute, "train.micro_batch_rows=1", payload],
+        &[tied, &chain, keys],
+        &[tied, recompute, &gather],
+        &["model.sliding_window=5"],
+        &["model.ttt.enabled=false"],
+        &[window, "train.compute=bf16"],
     ];
-    for (sets, context) in cases {
+    for sets in cases {
         let config = tiny(sets);
         for shape in [
             [1, 1, 1],
@@ -166,8 +143,8 @@ fn ranks_send_what_the_plan_says() {
                     context: counts.watch(Among::Context, mesh.context.clone()),
                     replicas: counts.watch(Among::Replicas, mesh.replicas.clone()),
                 };
-                step(&config, context, &watched);
-                let plan = Traffic::of(&config, layout(shape), &context, mesh.context.rank());
+                step(&config, &watched);
+                let plan = Traffic::of(&config, layout(shape), mesh.context.rank());
                 let planned = KINDS.map(|kind| plan.bytes_among(kind));
                 let rank = mesh.world.rank();
                 assert_eq!(counts.of(), planned, "{sets:?} on {shape:?}, rank {rank}");
@@ -189,7 +166,7 @@ fn sharded_weights_by_hand() {
     // 2 · 8; of those that learn also W_t 16 · 16 and 5 taps of 16; head 67 · 16 and 16.
     let (embedding, plain, head) = (1072, 2 * 512 + 2 * 256 + 3 * 384 + 48, 1088);
     let learning = plain + 256 + 80;
-    let plan = Plan::on(&config, layout([1, 4, 1]), &ContextSettings::default());
+    let plan = Plan::on(&config, layout([1, 4, 1]));
     // No unit needs padding: all are multiples of 4.
     let shard = f64::from(embedding + plain + 2 * learning + head) / 4.0;
     let items = items(&plan);
@@ -231,8 +208,7 @@ fn gpus(count: usize, gib: f64) -> Gpus {
 
 #[test]
 fn proposals() {
-    let context = ContextSettings::default();
-    let proposed = |config: &Config, gpus| propose(config, gpus, None, &context).expect("a layout");
+    let proposed = |config: &Config, gpus| propose(config, gpus, None).expect("a layout");
     // A small model is only replicated.
     let small = proposed(&shipped("500m", &[]), gpus(8, 80.0));
     assert_eq!(small.plan.layout, layout([8, 1, 1]), "{small}");
@@ -250,7 +226,7 @@ fn proposals() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    let refused = propose(&large, gpus(2, 80.0), None, &context).expect_err("too large");
+    let refused = propose(&large, gpus(2, 80.0), None).expect_err("too large");
     assert!(matches!(refused, PlanError::Memory { .. }), "{refused}");
     let text = refused.to_string();
     assert!(
@@ -265,12 +241,12 @@ fn proposals() {
 
 #[test]
 fn given_layouts_are_taken_or_refused() {
-    let context = ContextSettings::default();
     let config = shipped("500m", &[]);
-    let given = |shape, count| propose(&config, gpus(count, 80.0), Some(layout(shape)), &context);
+    let given = |shape, count| propose(&config, gpus(count, 80.0), Some(layout(shape)));
     let taken = given([2, 2, 2], 8).expect("a layout");
     assert_eq!(taken.plan.layout, layout([2, 2, 2]));
-    assert_eq!(taken.config, config);
+    assert_eq!(taken.config.train, config.train);
+    assert_eq!(taken.config.parallel.shard, 2);
     let refused = given([2, 2, 2], 4).expect_err("eight ranks").to_string();
     assert!(refused.contains("--gpus says 4"), "{refused}");
     let refused = given([7, 1, 1], 7)
@@ -283,6 +259,6 @@ fn given_layouts_are_taken_or_refused() {
     let refused = given([1, 1, 3], 3).expect_err("nor a row").to_string();
     assert!(refused.contains("parallel.context"), "{refused}");
     let cpu = shipped("quickstart", &[]);
-    let refused = propose(&cpu, gpus(2, 80.0), None, &context).expect_err("no GPU");
+    let refused = propose(&cpu, gpus(2, 80.0), None).expect_err("no GPU");
     assert!(refused.to_string().contains("run.device=cuda"), "{refused}");
 }

@@ -7,7 +7,8 @@ use std::path::Path;
 use proptest::prelude::*;
 use tempfile::TempDir;
 use ttt_weights::{
-    Dtype, Folder, PARTIAL_SUFFIX, TensorSpec, WeightsError, Writer, WrittenFile, atomic_folder,
+    Dtype, Folder, PARTIAL_SUFFIX, Plan, SharedWriter, TensorSpec, WeightsError, Writer,
+    WrittenFile, atomic_folder, hash_piece,
 };
 
 fn spec(name: &str, shape: &[usize], dtype: Dtype) -> TensorSpec {
@@ -161,6 +162,115 @@ proptest! {
             }
         }
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+
+    /// Writers that share out the elements write the files that one writer would, and their pieces are
+    /// all of them.
+    #[test]
+    fn several_writers_write_what_one_does(
+        tensors in prop::collection::vec(prop::collection::vec(any::<u32>(), 0..40), 1..6),
+        max_file_bytes in 0..200u64,
+        cuts in prop::collection::vec(0usize..240, 0..4),
+        at_once in 1usize..20,
+    ) {
+        let parent = TempDir::new().unwrap();
+        let (alone, together) = (parent.path().join("alone"), parent.path().join("together"));
+        let specs: Vec<_> = (tensors.iter().enumerate())
+            .map(|(i, bits)| spec(&format!("t{i}"), &[bits.len()], Dtype::F32))
+            .collect();
+        let values: Vec<Vec<f32>> = (tensors.iter())
+            .map(|bits| bits.iter().map(|&bits| f32::from_bits(bits)).collect())
+            .collect();
+        let one: Vec<_> = specs.iter().cloned().zip(values.clone()).collect();
+        let metadata = HashMap::new();
+        let mut writer =
+            Writer::create(&alone, "model", specs.clone(), max_file_bytes, metadata.clone()).unwrap();
+        for (spec, values) in &one {
+            writer.append_f32(&spec.name, values).unwrap();
+        }
+        let expected = writer.finish().unwrap();
+
+        fs::create_dir(&together).unwrap();
+        let plan = Plan::new(&together, "model", specs, max_file_bytes, metadata).unwrap();
+        let mut pieces = plan.make_files(&together).unwrap();
+        let all: usize = values.iter().map(Vec::len).sum();
+        let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(all)).chain([0, all]).collect();
+        cuts.sort();
+        // Last first: nobody waits for anybody.
+        for share in cuts.windows(2).rev() {
+            let mut writer = SharedWriter::new(&together, &plan);
+            let mut begin = 0;
+            for (spec, values) in &one {
+                let here = share[0].clamp(begin, begin + values.len())..share[1].clamp(begin, begin + values.len());
+                for from in here.clone().step_by(at_once) {
+                    let to = here.end.min(from + at_once);
+                    let part = &values[from - begin..to - begin];
+                    writer.write_f32(&spec.name, from - begin, part).unwrap();
+                }
+                begin += values.len();
+            }
+            pieces.extend(writer.finish().unwrap());
+        }
+        pieces.sort_by_key(|piece| (piece.file.clone(), piece.range.start));
+        for file in &expected {
+            let (a, b) = (fs::read(alone.join(&file.file)), fs::read(together.join(&file.file)));
+            prop_assert_eq!(a.unwrap(), b.unwrap());
+            let mut end = 0;
+            for piece in pieces.iter().filter(|piece| piece.file == file.file) {
+                prop_assert_eq!(piece.range.start, end);
+                end = piece.range.end;
+                let hash = hash_piece(&together.join(&file.file), piece.range.clone());
+                prop_assert_eq!(&hash.unwrap(), &piece.blake3);
+            }
+            prop_assert_eq!(end, file.bytes);
+        }
+        prop_assert_eq!(names(&alone), names(&together));
+    }
+}
+
+#[test]
+fn a_shared_writer_stays_in_its_tensors() {
+    let dir = TempDir::new().unwrap();
+    let specs = vec![spec("a", &[2], Dtype::F32), spec("n", &[1], Dtype::I64)];
+    let plan = Plan::new(dir.path(), "model", specs, 100, HashMap::new()).unwrap();
+    let says = |error: WeightsError, what: &str| {
+        let error = error.to_string();
+        assert!(error.contains(what), "{error}");
+    };
+    let mut writer = SharedWriter::new(dir.path(), &plan);
+    // Nobody has made the files.
+    says(
+        writer.write_f32("a", 0, &[1.0]).unwrap_err(),
+        "cannot open the file",
+    );
+    plan.make_files(dir.path()).unwrap();
+    says(
+        writer.write_f32("b", 0, &[1.0]).unwrap_err(),
+        "b is not planned",
+    );
+    says(
+        writer.write_f32("a", 1, &[1.0; 2]).unwrap_err(),
+        "no place for 2 elements from 1 on",
+    );
+    says(
+        writer.write_f32("a", usize::MAX, &[1.0]).unwrap_err(),
+        "no place",
+    );
+    says(
+        writer.write_f32("n", 0, &[1.0]).unwrap_err(),
+        "n is stored as I64",
+    );
+    says(
+        plan.make_files(dir.path()).unwrap_err(),
+        "cannot make the file",
+    );
+    says(
+        hash_piece(&dir.path().join("model.safetensors"), 0..9999).unwrap_err(),
+        "cannot read",
+    );
 }
 
 /// Names in a folder, hidden ones too.

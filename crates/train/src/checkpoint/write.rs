@@ -21,7 +21,7 @@ use crate::error::TrainError;
 use crate::units::UnitState;
 
 /// Elements that are on the host at a time.
-const AT_ONCE: usize = 1 << 24;
+const AT_ONCE: usize = 1 << 22;
 
 /// Replicas divide a range at multiples of this, a page of f32, as far as it goes: two machines
 /// that write into one page of a file are slow on every shared file system.

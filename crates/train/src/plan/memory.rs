@@ -4,7 +4,6 @@
 //! save for their backward pass (`saved.rs`); the rest (a block being differentiated, the loss, the
 //! update) are the largest buffers that are alive together. An allocator adds its own slack.
 
-use ttt_kernels::ContextSettings;
 use ttt_kernels::context::{AttentionExchange, Payload};
 use ttt_kernels::ops::attention::heads_divide;
 use ttt_model::Unit;
@@ -53,8 +52,8 @@ impl Memory {
     }
 
     /// Of one rank of `layout`: of the last of its context group, which fetches most.
-    pub(super) fn estimate(config: &Config, layout: Layout, context: &ContextSettings) -> Self {
-        let sizes = Sizes::new(config, layout, context);
+    pub(super) fn estimate(config: &Config, layout: Layout) -> Self {
+        let sizes = Sizes::new(config, layout);
         let weights = sizes.weights();
         // The pass and the update are never at their fullest together.
         let pass = sizes.pass();
@@ -76,7 +75,6 @@ impl Memory {
 struct Sizes<'a> {
     config: &'a Config,
     layout: Layout,
-    context: &'a ContextSettings,
     /// Bytes of an activation.
     compute_bytes: f64,
     /// Tokens that go through the model at once on one rank, B·N.
@@ -99,7 +97,7 @@ fn item(name: impl Into<String>, bytes: f64) -> MemoryItem {
 }
 
 impl<'a> Sizes<'a> {
-    fn new(config: &'a Config, layout: Layout, context: &'a ContextSettings) -> Self {
+    fn new(config: &'a Config, layout: Layout) -> Self {
         let model = &config.model;
         let train = &config.train;
         let flat = |unit: &Unit| FlatLayout::new(model, *unit, layout.shard);
@@ -108,7 +106,6 @@ impl<'a> Sizes<'a> {
         Self {
             config,
             layout,
-            context,
             compute_bytes: precision(config).bytes() as f64,
             tokens: (train.micro_batch_rows * part) as f64,
             shard: units.iter().map(|unit| unit.shard_len() as f64).sum(),
@@ -190,24 +187,35 @@ impl<'a> Sizes<'a> {
 
     /// What one block saves for its backward pass.
     fn saved_by_block_bytes(&self, layer: usize) -> f64 {
-        let shared = self.layout.context > 1;
-        let per_token = per_token(self.config, layer, shared).map(|(_, bytes)| bytes);
+        let tokens = self.config.train.sequence_length / self.layout.context;
+        let part = (self.layout.context > 1).then_some(tokens);
+        let per_token = per_token(self.config, layer, part).map(|(_, bytes)| bytes);
         let own = self.tokens * per_token.sum::<usize>() as f64;
+        own + self.fetched_bytes(layer, tokens)
+    }
+
+    /// What the last rank keeps of keys that it fetched, and, apart from its others, of the queries that
+    /// see them.
+    fn fetched_bytes(&self, layer: usize, tokens: usize) -> f64 {
         let model = &self.config.model;
-        let part = self.config.train.sequence_length / self.layout.context;
-        let others = part * (self.layout.context - 1);
-        let heads = match self.context.attention {
+        let before = tokens * (self.layout.context - 1);
+        let heads = match self.config.parallel.context_attention {
             AttentionExchange::Keys => false,
             AttentionExchange::Heads => true,
             AttentionExchange::Auto => heads_divide(model.kv_heads(), self.layout.context),
         };
-        let fetched = match model.window(layer) {
-            Some(window) => others.min(window - 1),
-            None if heads => 0,
-            None => others,
+        let (fetched, seeing) = match model.window(layer) {
+            Some(window) => (before.min(window - 1), tokens.min(window - 1)),
+            None if heads => (0, 0),
+            None => (before, tokens),
         };
+        if fetched == 0 {
+            return 0.0;
+        }
+        let queries = seeing * model.num_attention_heads * model.head_size();
+        let keys = (fetched + seeing) * keys(model);
         let rows = self.config.train.micro_batch_rows;
-        own + self.compute_bytes * (rows * fetched * 2 * keys(model)) as f64
+        self.compute_bytes * (rows * 2 * (queries + keys)) as f64
     }
 
     /// Forward and backward of one micro-batch, at the end of the forward pass.
@@ -273,7 +281,7 @@ impl<'a> Sizes<'a> {
         if self.layout.context == 1 || !learns {
             return 0.0;
         }
-        let payload = match self.context.payload {
+        let payload = match self.config.parallel.context_payload {
             Payload::F32 => F32,
             Payload::Bf16 => 2.0,
         };

@@ -50,7 +50,7 @@ pub enum PlanError {
     },
     /// None fits.
     #[error(
-        "no layout of {gpus} GPUs fits into {:.1} GiB each ({:.1} of them usable): {least} needs the least, {:.1} GiB; {more}",
+        "no layout fits into {gpus} x {:.1} GiB ({:.1} of each usable): {least} needs the least, {:.1} GiB; {more}",
         gib(*memory_bytes), gib(*usable_bytes), gib(*needed_bytes)
     )]
     Memory {

@@ -6,7 +6,6 @@
 
 use std::fmt;
 
-use ttt_kernels::ContextSettings;
 use ttt_parallel::Layout;
 
 use super::Plan;
@@ -73,21 +72,12 @@ impl fmt::Display for Candidate {
 ///
 /// # Errors
 /// If it, or none, divides the rows and fits.
-pub fn propose(
-    config: &Config,
-    gpus: Gpus,
-    given: Option<Layout>,
-    context: &ContextSettings,
-) -> Result<Proposal, PlanError> {
+pub fn propose(config: &Config, gpus: Gpus, given: Option<Layout>) -> Result<Proposal, PlanError> {
     if config.run.device == DeviceKind::Cpu {
         let problem = "is \"cpu\", and GPUs were asked for: add --set run.device=cuda";
         return Err(ConfigError::invalid("run.device", problem).into());
     }
-    let search = Search {
-        config,
-        gpus,
-        context,
-    };
+    let search = Search { config, gpus };
     match given {
         Some(layout) => search.as_given(layout),
         None => search.best(),
@@ -97,7 +87,6 @@ pub fn propose(
 struct Search<'a> {
     config: &'a Config,
     gpus: Gpus,
-    context: &'a ContextSettings,
 }
 
 impl Search<'_> {
@@ -204,6 +193,9 @@ impl Search<'_> {
         micro_batch_rows: usize,
     ) -> Result<Candidate, String> {
         let mut config = self.config.clone();
+        config.parallel.replicate = Some(layout.replicate);
+        config.parallel.shard = layout.shard;
+        config.parallel.context = layout.context;
         config.train.activations = activations;
         config.train.micro_batch_rows = micro_batch_rows;
         let (rows, length) = (config.train.batch_rows(), config.train.sequence_length);
@@ -220,9 +212,10 @@ impl Search<'_> {
                 rows / readers
             ));
         }
-        context::validate(&config.model, length, layout.context, self.context)
+        let settings = config.parallel.context_settings();
+        context::validate(&config.model, length, layout.context, &settings)
             .map_err(|error| error.to_string())?;
-        let plan = Plan::on(&config, layout, self.context);
+        let plan = Plan::on(&config, layout);
         let step_s = seconds(&config, &plan);
         Ok(Candidate {
             config,

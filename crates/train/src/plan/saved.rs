@@ -74,20 +74,24 @@ pub(super) fn keys(model: &ModelConfig) -> usize {
     model.kv_heads() * model.head_size()
 }
 
-/// What layer `layer` keeps of every token, by name, in bytes. `shared`: rows are on several ranks.
+/// What layer `layer` keeps of every token, by name, in bytes. `part`: of rows that several ranks
+/// share, the tokens of one.
 pub(super) fn per_token(
     config: &Config,
     layer: usize,
-    shared: bool,
+    part: Option<usize>,
 ) -> impl Iterator<Item = (&'static str, usize)> {
     let model = &config.model;
     let compute = compute_dtype(config.run.device, config.train.compute);
     let fused = config.run.device == DeviceKind::Cuda && compute == DType::BF16;
     let learns = model.is_ttt_layer(layer);
+    // Of shared rows, some queries of a part must see its own keys alone.
+    let window = model.window(layer);
+    let apart = part.is_none_or(|part| window.is_some_and(|window| window - 1 < part));
     let layer = Layer {
         model,
         learns,
-        attention_fused: fused && !model.qkv_bias() && !shared,
+        attention_fused: fused && !model.qkv_bias() && apart,
         // Targets made of the MLP's own input need its norm.
         mlp_fused: fused && !(learns && model.ttt.target == Target::Hidden),
     };
@@ -112,7 +116,7 @@ mod tests {
              [model.ttt]\nenabled = true\nlayers = [1]\nchunk = 16\n";
         let sets: Vec<String> = sets.iter().map(ToString::to_string).collect();
         let config = Config::parse(text, "test".as_ref(), &sets).expect("a configuration");
-        per_token(&config, layer, false)
+        per_token(&config, layer, None)
             .map(|(_, bytes)| bytes)
             .sum()
     }

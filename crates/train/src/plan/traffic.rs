@@ -3,7 +3,6 @@
 //! A collective of P ranks is counted as a ring makes it: of what all of them end up with, or start
 //! from, each rank sends (P − 1)/P, twice for a sum that all get. NCCL's trees send about as much.
 
-use ttt_kernels::ContextSettings;
 use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
 use ttt_kernels::ops::attention::heads_divide;
 use ttt_model::{ModelConfig, Unit};
@@ -66,17 +65,17 @@ fn all_reduce(bytes: u64, ranks: usize) -> u64 {
 
 impl Traffic {
     /// What the rank that sends most does.
-    pub fn busiest(config: &Config, layout: Layout, context: &ContextSettings) -> Self {
+    pub fn busiest(config: &Config, layout: Layout) -> Self {
         // Only the place in the context group makes a difference.
         let ranks = 0..layout.context;
-        let all = ranks.map(|rank| Self::of(config, layout, context, rank));
+        let all = ranks.map(|rank| Self::of(config, layout, rank));
         let busiest = all.max_by_key(Self::bytes);
         busiest.expect("a group has ranks")
     }
 
     /// What the rank `rank` of its context group does, where every row is one document.
-    pub fn of(config: &Config, layout: Layout, context: &ContextSettings, rank: usize) -> Self {
-        let step = Step::new(config, layout, context, rank);
+    pub fn of(config: &Config, layout: Layout, rank: usize) -> Self {
+        let step = Step::new(config, layout, rank);
         let mut items = step.parameters();
         items.extend(step.rows());
         items.extend(step.scalars());
@@ -100,7 +99,6 @@ impl Traffic {
 struct Step<'a> {
     config: &'a Config,
     layout: Layout,
-    context: &'a ContextSettings,
     /// Place in the context group.
     rank: usize,
     /// Rows that this rank reads, in whole or in part.
@@ -111,13 +109,12 @@ struct Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    fn new(config: &'a Config, layout: Layout, context: &'a ContextSettings, rank: usize) -> Self {
+    fn new(config: &'a Config, layout: Layout, rank: usize) -> Self {
         let train = &config.train;
         let rows = train.batch_rows() / (layout.replicate * layout.shard);
         Self {
             config,
             layout,
-            context,
             rank,
             rows: rows as u64,
             micro_batches: rows.div_ceil(train.micro_batch_rows) as u64,
@@ -220,7 +217,7 @@ impl<'a> Step<'a> {
 
         let learning = model.ttt_layers().len();
         let (forward, backward) = self.states();
-        let exchanges = match self.context.states {
+        let exchanges = match self.config.parallel.context_states {
             StateExchange::AllToAll => 2,
             StateExchange::Chain | StateExchange::AllGather => 1,
         };
@@ -262,13 +259,13 @@ impl<'a> Step<'a> {
     fn states(&self) -> (u64, u64) {
         let ranks = self.layout.context;
         let model = self.model();
-        let payload = match self.context.payload {
+        let payload = match self.config.parallel.context_payload {
             Payload::F32 => F32,
             Payload::Bf16 => 2,
         };
         let state = (model.hidden_size * model.intermediate_size) as u64;
         let padded = state.next_multiple_of(ranks as u64);
-        match self.context.states {
+        match self.config.parallel.context_states {
             StateExchange::AllToAll => {
                 let both = 2 * ring(payload * padded, ranks);
                 (both, both)
@@ -292,7 +289,7 @@ impl<'a> Step<'a> {
         let model = self.model();
         let tokens = self.config.train.sequence_length / ranks;
         let window = model.window(layer);
-        let heads = match self.context.attention {
+        let heads = match self.config.parallel.context_attention {
             AttentionExchange::Keys => false,
             AttentionExchange::Heads => true,
             AttentionExchange::Auto => heads_divide(model.kv_heads(), ranks),
