@@ -58,12 +58,12 @@ fn map(matrix: &Matrix, height: usize) -> Result<Arg, String> {
 /// Whether the kernels take operands like these: bf16, row-major, whole tiles, aligned.
 fn fits(cx: &mut Context, matrices: &[&Matrix], outputs: &[u64], k: usize, f: usize) -> bool {
     let sound = |m: &&Matrix| {
-        m.dtype == DType::BF16 && !m.transposed && m.at % 16 == 0 && m.ld.is_multiple_of(8)
+        m.dtype == DType::BF16 && !m.transposed && m.at.is_multiple_of(16) && m.ld.is_multiple_of(8)
     };
     cx.is_hopper()
         && k.is_multiple_of(DEPTH)
         && f.is_multiple_of(TILE)
-        && outputs.iter().all(|at| at % 16 == 0)
+        && outputs.iter().all(|at| at.is_multiple_of(16))
         && matrices.iter().all(sound)
 }
 

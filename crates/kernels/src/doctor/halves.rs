@@ -146,7 +146,7 @@ impl Half {
         let mut matrix = || -> Tensor<2> {
             let count = rows.next().expect("three projections");
             let flat = match self.joined {
-                true => whole.clone().slice([from * width..(from + count) * width]),
+                true => whole.clone().narrow(0, from * width, count * width),
                 false => rest.next().expect("three projections"),
             };
             from += count;
@@ -228,7 +228,7 @@ fn mlp(batch: usize, tokens: usize, width: usize, inner: usize, joined: bool) ->
         let matrix = |i: usize| -> Tensor<2> {
             let part = inner * width;
             let flat = match joined {
-                true => x[3].clone().slice([i * part..(i + 1) * part]),
+                true => x[3].clone().narrow(0, i * part, part),
                 false => x[3 + i].clone(),
             };
             flat.reshape([inner, width])

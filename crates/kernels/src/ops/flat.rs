@@ -6,6 +6,7 @@ use crate::dtype::cast;
 
 /// A piece of a flat buffer.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // a few live at a time
 pub enum Part {
     /// These values, f32 or bf16: `[n]`.
     Values(Tensor<1>),

@@ -348,7 +348,7 @@ impl Function<8> for Attention {
         let [dq, dk, dv] = split(dw, i.rows());
         let gains = head_gains.tensor::<2>();
         let head_gain = |which: usize| -> Option<Value> {
-            let gain = gains.clone().slice([which..which + 1]);
+            let gain = gains.clone().narrow(0, which, 1);
             self.qk_norm.then(|| gain.reshape([self.size]).into())
         };
         [

@@ -100,7 +100,7 @@ pub fn split<const N: usize>(gradient: Buffer, rows: [usize; N]) -> [Tensor<2>; 
     let whole = gradient.tensor::<2>();
     let mut from = 0;
     rows.map(|count| {
-        let part = whole.clone().slice([from..from + count]);
+        let part = whole.clone().narrow(0, from, count);
         from += count;
         part
     })
