@@ -94,6 +94,12 @@ fn two_and_four_ranks_train_like_one() {
             }
             assert_eq!(got["tokens"], expected["tokens"]);
         }
+        let (got, expected) = (run.evaluation(), one.evaluation());
+        let error = (got - expected).abs() / expected;
+        assert!(
+            error < 2e-5,
+            "{sets:?}: validation loss {got} instead of {expected}"
+        );
         // Rank 0 speaks, the others have their files.
         for rank in 1..count {
             let log = std::fs::read_to_string(run.path(&format!("run/logs/rank-{rank}.log")));
@@ -293,4 +299,58 @@ fn two_launchers_are_one_run() {
         assert!(output.status.success(), "{}", stderr(&output));
     }
     assert_eq!(run.steps().len(), 6);
+}
+
+/// Ranks that torchrun starts, or anything that sets its variables.
+#[test]
+fn torchrun_variables_are_enough() {
+    for (seed, says) in [
+        ("3", None),
+        ("4", Some("rank 1 was started with another configuration")),
+    ] {
+        let run = Run::new(6);
+        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr());
+        let port = free.expect("a port").port().to_string();
+        let ranks: Vec<Child> = [("0", "3"), ("1", seed)]
+            .iter()
+            .map(|(rank, seed)| {
+                let seed = format!("run.seed={seed}");
+                let mut train = run.ttt(&["train", "config.toml", "--set", &seed]);
+                train
+                    .env("RANK", rank)
+                    .env("WORLD_SIZE", "2")
+                    .env("LOCAL_RANK", rank);
+                train
+                    .env("MASTER_ADDR", "localhost")
+                    .env("MASTER_PORT", &port);
+                train.spawn().expect("run ttt")
+            })
+            .collect();
+        for rank in ranks {
+            let output = rank.wait_with_output().expect("wait");
+            let said = stderr(&output);
+            match says {
+                None => assert!(output.status.success(), "{said}"),
+                Some(says) => assert!(said.contains(says), "{said}"),
+            }
+        }
+        assert_eq!(run.steps().len(), if says.is_none() { 6 } else { 0 });
+    }
+}
+
+/// The doctor's check of what ranks exchange.
+#[test]
+fn exchanges_are_checked() {
+    let run = Run::new(5);
+    let args = [
+        "launch", "--nproc", "4", "--", "doctor", "--ranks", "--device", "cpu", "--size", "1",
+    ];
+    let output = run.ttt(&args).output().expect("run ttt");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    // Six exchanges, two precisions, three kinds of groups.
+    assert_eq!(said.matches("pass ").count(), 36, "{said}");
+    assert!(!said.contains("FAIL"), "{said}");
+    let alone = run.ttt(&["doctor", "--ranks"]).output().expect("run ttt");
+    assert!(stderr(&alone).contains("one rank exchanges nothing"));
 }

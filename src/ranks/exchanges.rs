@@ -79,42 +79,49 @@ fn sum(ranks: &[usize], i: usize) -> f32 {
     ranks.iter().map(|&rank| value(rank, i)).sum()
 }
 
-/// Name, exchange, what it must give, and bytes that a rank sends in the best algorithm, in parts.
-const EXCHANGES: [(&str, Exchange, Expected, fn(f64) -> f64); 6] = [
-    (
-        "all_reduce",
-        |group, given| group.all_reduce_sum(given.part),
-        |ranks, _, _, i| sum(ranks, i),
-        |size| 2.0 * (size - 1.0) / size,
-    ),
-    (
-        "all_gather",
-        |group, given| group.start_all_gather(given.part)?.wait(),
-        |ranks, _, n, i| value(ranks[i / n], i % n),
-        |size| size - 1.0,
-    ),
-    (
-        "reduce_scatter",
-        |group, given| group.start_reduce_scatter_sum(given.whole)?.wait(),
-        |ranks, me, n, i| sum(ranks, me * n + i),
-        |size| size - 1.0,
-    ),
-    (
-        "all_to_all",
-        |group, given| group.start_all_to_all(given.whole)?.wait(),
-        |ranks, me, n, i| value(ranks[i / n], me * n + i % n),
-        |size| size - 1.0,
-    ),
-    (
-        "broadcast",
-        |group, given| group.broadcast(given.part, group.size() - 1),
-        |ranks, _, _, i| value(ranks[ranks.len() - 1], i),
-        |_| 1.0,
-    ),
-    (
+/// An exchange, what it must give, and how many parts a rank sends in the best algorithm.
+struct Case {
+    name: &'static str,
+    exchange: Exchange,
+    expected: Expected,
+    sent: fn(f64) -> f64,
+}
+
+const CASES: [Case; 6] = [
+    Case {
+        name: "all_reduce",
+        exchange: |group, given| group.all_reduce_sum(given.part),
+        expected: |ranks, _, _, i| sum(ranks, i),
+        sent: |size| 2.0 * (size - 1.0) / size,
+    },
+    Case {
+        name: "all_gather",
+        exchange: |group, given| group.start_all_gather(given.part)?.wait(),
+        expected: |ranks, _, n, i| value(ranks[i / n], i % n),
+        sent: |size| size - 1.0,
+    },
+    Case {
+        name: "reduce_scatter",
+        exchange: |group, given| group.start_reduce_scatter_sum(given.whole)?.wait(),
+        expected: |ranks, me, n, i| sum(ranks, me * n + i),
+        sent: |size| size - 1.0,
+    },
+    Case {
+        name: "all_to_all",
+        exchange: |group, given| group.start_all_to_all(given.whole)?.wait(),
+        expected: |ranks, me, n, i| value(ranks[i / n], me * n + i % n),
+        sent: |size| size - 1.0,
+    },
+    Case {
+        name: "broadcast",
+        exchange: |group, given| group.broadcast(given.part, group.size() - 1),
+        expected: |ranks, _, _, i| value(ranks[ranks.len() - 1], i),
+        sent: |_| 1.0,
+    },
+    Case {
         // Around the ring, and back: two sends and two receives at once.
-        "exchange",
-        |group, given| {
+        name: "exchange",
+        exchange: |group, given| {
             let (me, size) = (group.rank(), group.size());
             let (right, left) = ((me + 1) % size, (me + size - 1) % size);
             let receive = |from| Receive {
@@ -127,13 +134,13 @@ const EXCHANGES: [(&str, Exchange, Expected, fn(f64) -> f64); 6] = [
             let both = group.exchange(sends, vec![receive(right), receive(left)])?;
             Ok(Tensor::cat(both, 0))
         },
-        |ranks, me, n, i| {
+        expected: |ranks, me, n, i| {
             let size = ranks.len();
             let from = [(me + 1) % size, (me + size - 1) % size][i / n];
             value(ranks[from], i % n)
         },
-        |_| 2.0,
-    ),
+        sent: |_| 2.0,
+    },
 ];
 
 impl Check {
@@ -174,19 +181,19 @@ impl Check {
         ranks: &[usize],
         dtype: DType,
     ) -> anyhow::Result<()> {
-        for (exchange_name, exchange, expected, sent) in EXCHANGES {
-            let make = |given: Given| exchange(&**group, given);
+        for case in CASES {
+            let make = |given: Given| (case.exchange)(&**group, given);
             let (me, size) = (group.rank(), group.size());
             let mut right = true;
             for n in [1, SMALL, self.elements / size] {
                 let got = make(self.given(ranks[me], size, n, dtype))?;
                 let got = read_f32(&cast(got, DType::F32))?;
-                let expected = (0..got.len()).map(|i| expected(ranks, me, n, i));
+                let expected = (0..got.len()).map(|i| (case.expected)(ranks, me, n, i));
                 right &= got.iter().copied().eq(expected);
             }
             let seconds = self.seconds(&make, ranks[me], size, dtype)?;
-            let bytes = (self.elements / size * dtype.size()) as f64 * sent(size as f64);
-            self.tell(name, exchange_name, dtype, right, bytes / seconds)?;
+            let bytes = (self.elements / size * dtype.size()) as f64 * (case.sent)(size as f64);
+            self.tell(name, case.name, dtype, right, bytes / seconds)?;
         }
         Ok(())
     }

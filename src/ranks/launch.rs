@@ -26,9 +26,9 @@ use super::args::LaunchArgs;
 use crate::args::{Args, Command};
 
 /// How long the other ranks may take to notice that one is gone.
-const NOTICE: Duration = Duration::from_secs(5);
+const NOTICE: Duration = Duration::from_secs(3);
 /// How long they may take to end once asked to.
-const GRACE: Duration = Duration::from_secs(3);
+const GRACE: Duration = Duration::from_secs(2);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(20);
 

@@ -164,6 +164,16 @@ rows = 4
             .collect()
     }
 
+    /// The last validation loss of `metrics.jsonl`.
+    pub fn evaluation(&self) -> f64 {
+        let text = std::fs::read_to_string(self.path("run/metrics.jsonl")).expect("metrics");
+        let lines = text
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let mut losses = lines.filter_map(|line| line.get("validation_loss")?.as_f64());
+        losses.next_back().expect("an evaluation")
+    }
+
     /// The newest checkpoint.
     pub fn newest(&self) -> PathBuf {
         let folder = self.path("run/checkpoints");

@@ -125,16 +125,16 @@ pub fn largest(
         .collect())
 }
 
-/// The sum over the ranks of the context group of values that the host has, such as losses by position.
+/// The sum over all ranks of values that the host has, such as losses by position.
 ///
 /// # Errors
 /// If a rank is lost or the device fails.
 pub fn sum(values: &[f64], mesh: &Mesh, device: &Device) -> Result<Vec<f64>, TrainError> {
-    if mesh.context.size() == 1 {
+    if mesh.world.size() == 1 {
         return Ok(values.to_vec());
     }
     let values: Vec<f32> = values.iter().map(|&value| value as f32).collect();
     let count = values.len();
     let values = Tensor::from_data(TensorData::new(values, [count]), (device, DType::F32));
-    read(&mesh.context.all_reduce_sum(values)?)
+    read(&mesh.all_reduce_sum(values)?)
 }

@@ -39,7 +39,8 @@ const FIRST_BUCKET: usize = 512;
 
 /// Evaluates the first `rows` validation rows (all, if there are fewer) of `length` tokens.
 ///
-/// Rows are read in stored order, so that two runs see the same.
+/// Rows are read in stored order, so that two runs see the same; ranks that read different rows share
+/// them.
 ///
 /// # Errors
 /// If the split holds no row, a row cannot be read, or the device fails.
@@ -55,14 +56,23 @@ pub fn evaluate(
     let rows = (rows as u64).min(all.len());
     let part = context::part(length, mesh)?;
     let mut sums = vec![(0.0, 0u64); length];
-    let mut row = 0;
-    while row < rows {
-        let end = rows.min(row + rows_at_once as u64);
-        let batch = (row..end)
-            .map(|i| all.row(i))
-            .collect::<Result<Vec<_>, _>>()?;
+    let (rank, at_once) = (mesh.data_rank() as u64, rows_at_once as u64);
+    let mut done = 0;
+    while done < rows {
+        let begin = rows.min(done + rank * at_once);
+        let own = begin..rows.min(begin + at_once);
+        done += mesh.data_size() as u64 * at_once;
+        // A rank that has none left goes through the model all the same: others wait for its part of
+        // the parameters. Nothing of that row counts.
+        let counts = !own.is_empty();
+        let read_now = if counts { own } else { 0..1 };
+        let batch = read_now.map(|i| all.row(i));
+        let batch = batch.collect::<Result<Vec<_>, _>>()?;
         let micro = MicroBatch::new(&batch, mesh, &model.device)?;
         let losses = read(&model.token_losses(&micro, mesh)?)?;
+        if !counts {
+            continue;
+        }
         for (row, losses) in batch.iter().zip(losses.chunks(part.len())) {
             let here = sums[part.clone()].iter_mut().zip(&row.labels[part.clone()]);
             for ((sum, label), loss) in here.zip(losses) {
@@ -71,9 +81,8 @@ pub fn evaluate(
                 }
             }
         }
-        row = end;
     }
-    // Every other position is zero here: each rank of the context group has its own.
+    // What other ranks have read is zero here: rows, and the positions of the context group's others.
     let (losses, counts): (Vec<f64>, Vec<f64>) = sums
         .into_iter()
         .map(|(sum, count)| (sum, count as f64))

@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How long a rank that hears of a lost one may take to end by itself, told in its own words. It may
 /// be waiting for a GPU that waits for the lost rank for ever.
-const GRACE: Duration = Duration::from_secs(4);
+const GRACE: Duration = Duration::from_secs(3);
 
 /// The exit code of a run that failed.
 const FAILED: i32 = 2;

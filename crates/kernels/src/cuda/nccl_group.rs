@@ -19,14 +19,25 @@ pub struct NcclGroup {
     /// The same ranks over the host.
     host: Arc<dyn ProcessGroup>,
     device: Device,
+    /// This rank's number and all ranks, of the whole run.
+    of_run: (usize, usize),
 }
 
 impl NcclGroup {
-    /// The ranks of `host` on their GPUs. Every rank calls it.
+    /// The ranks of `host`, all of a run, on their GPUs. Every rank calls it.
     ///
     /// # Errors
     /// If NCCL is not there, or the GPUs do not reach each other.
     pub fn new(device: &Device, host: Arc<dyn ProcessGroup>) -> Result<Self, CommError> {
+        let of_run = (host.rank(), host.size());
+        Self::part_of_run(device, host, of_run)
+    }
+
+    fn part_of_run(
+        device: &Device,
+        host: Arc<dyn ProcessGroup>,
+        of_run: (usize, usize),
+    ) -> Result<Self, CommError> {
         let start = |reason: String| CommError::Start(reason);
         let own = match host.rank() {
             0 => unique_id().map_err(start)?,
@@ -52,13 +63,14 @@ impl NcclGroup {
             communicator: Arc::new(communicator.map_err(start)?),
             host,
             device: device.clone(),
+            of_run,
         })
     }
 
     fn failed(&self, operation: &'static str, reason: String) -> CommError {
         CommError::Failed {
-            rank: self.rank(),
-            size: self.size(),
+            rank: self.of_run.0,
+            size: self.of_run.1,
             operation,
             reason,
         }
@@ -115,6 +127,7 @@ impl NcclGroup {
             communicator: self.communicator.clone(),
             host: self.host.clone(),
             device: self.device.clone(),
+            of_run: self.of_run,
         };
         Pending::new(move || this.finish(operation, started))
     }
@@ -258,7 +271,8 @@ impl ProcessGroup for NcclGroup {
 
     fn split(&self, parts: &[Vec<usize>]) -> Result<Arc<dyn ProcessGroup>, CommError> {
         let host = self.host.split(parts)?;
-        Ok(Arc::new(Self::new(&self.device, host)?))
+        let part = Self::part_of_run(&self.device, host, self.of_run)?;
+        Ok(Arc::new(part))
     }
 
     fn start_all_gather(&self, shard: Tensor<1>) -> Result<Pending, CommError> {

@@ -274,6 +274,10 @@ impl Tcp {
 
 impl Drop for Tcp {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // The panic's own words are on this rank's stderr.
+            return self.fail("it panicked");
+        }
         self.mailbox.close();
         self.part(|| Letter::Bye);
     }

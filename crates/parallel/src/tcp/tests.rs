@@ -132,6 +132,27 @@ fn a_rank_that_fails_says_why() {
     });
 }
 
+#[test]
+fn a_rank_that_panics_is_named() {
+    std::thread::scope(|scope| {
+        for meeting in meetings(2) {
+            scope.spawn(move || {
+                let group = connect(&meeting).expect("all come");
+                if meeting.rank == 1 {
+                    let panics = std::thread::spawn(move || {
+                        let _held = group;
+                        std::panic::resume_unwind(Box::new("told to nobody"));
+                    });
+                    panics.join().expect_err("it panicked");
+                    return;
+                }
+                let error = group.barrier().expect_err("rank 1 is gone").to_string();
+                assert!(error.contains("rank 1 failed: it panicked"), "{error}");
+            });
+        }
+    });
+}
+
 /// Who has ended in order is missed only by who waits for it.
 #[test]
 fn ranks_may_end_one_after_another() {
