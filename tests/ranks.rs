@@ -54,6 +54,7 @@ fn alive(id: u32) -> bool {
 fn end(launcher: Child, ranks: &[u32], begun: Instant) -> Output {
     let output = launcher.wait_with_output().expect("wait");
     let took = begun.elapsed();
+    println!("all ended after {took:?}");
     assert!(took < TOGETHER, "the end took {took:?}");
     for &id in ranks {
         assert!(!alive(id), "process {id} is left");

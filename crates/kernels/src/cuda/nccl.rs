@@ -255,9 +255,9 @@ pub fn require() -> Result<(), String> {
     match unsafe { sys::is_culib_present() } {
         true => Ok(()),
         false => Err(
-            "libnccl was not found, which ranks on GPUs exchange tensors with: install NCCL or the \
-             wheel nvidia-nccl-cu13, and put a libnccl.so on LD_LIBRARY_PATH (scripts/gpu-env.sh \
-             does, for wheels)"
+            "libnccl was not found, with which ranks on GPUs exchange tensors: install libnccl2 or \
+             the wheel nvidia-nccl-cu13; TTT_CUDA_LIBS names its folder where the loader does not \
+             know it (see `ttt doctor`)"
                 .into(),
         ),
     }

@@ -19,17 +19,19 @@ pub fn to_bytes(tensor: Tensor<1>) -> Result<(WireType, Vec<u8>), String> {
     match data.dtype() {
         DType::F32 => {
             let values = data.as_slice::<f32>().map_err(told)?;
-            Ok((
-                WireType::F32,
-                values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            ))
+            let mut bytes = vec![0; 4 * values.len()];
+            for (to, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+                *to = value.to_le_bytes();
+            }
+            Ok((WireType::F32, bytes))
         }
         DType::BF16 => {
             let values = data.as_slice::<bf16>().map_err(told)?;
-            Ok((
-                WireType::Bf16,
-                values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            ))
+            let mut bytes = vec![0; 2 * values.len()];
+            for (to, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+                *to = value.to_le_bytes();
+            }
+            Ok((WireType::Bf16, bytes))
         }
         other => Err(format!("{other:?} does not travel: f32 and bf16 do")),
     }
