@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor};
 use ttt_data::{Dataset, IGNORE, Row, Split};
-use ttt_kernels::context::{AttentionExchange, StateExchange};
+use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
 use ttt_kernels::ops::flat::joined;
 use ttt_kernels::testing::{relative_error_of, values};
 use ttt_kernels::{ContextSettings, Packing};
@@ -136,6 +136,7 @@ struct Case {
     target: Target,
     activations: Activations,
     settings: ContextSettings,
+    compute: DType,
 }
 
 /// The summed loss, the count of labels, the largest state ratio of each TTT layer, and the gradient of
@@ -149,6 +150,7 @@ struct Pass {
 
 fn pass(case: Case, mesh: &Mesh) -> Pass {
     let mut model = model(&config(case.target), case.settings, mesh);
+    model.compute = case.compute;
     let (mut loss, mut labelled) = (scalar(0.0, &model.device), 0);
     let mut ratios: Vec<(usize, f64)> = vec![];
     for micro in micro_batches(mesh, &rows()) {
@@ -228,6 +230,7 @@ fn case(target: Target, activations: Activations) -> Case {
         target,
         activations,
         settings: ContextSettings::default(),
+        compute: DType::F32,
     }
 }
 
@@ -270,6 +273,36 @@ fn mixed_meshes_compute_what_one_computes() {
     ];
     assert_equals_one_rank(case(Target::Embedding, Activations::Recompute), &layouts);
     assert_equals_one_rank(case(Target::Hidden, Activations::Keep), &layouts[3..4]);
+}
+
+/// In bf16, as on a GPU: as far from one rank in f32 as one rank in bf16 is, and no further.
+#[test]
+fn ranks_in_bf16_err_no_more_than_one() {
+    let of = |compute| Case {
+        compute,
+        settings: ContextSettings {
+            payload: Payload::Bf16,
+            ..ContextSettings::default()
+        },
+        ..case(Target::Embedding, Activations::Recompute)
+    };
+    let exact = pass(of(DType::F32), &Mesh::single());
+    let error = |pass: &Pass| {
+        let all = |pass: &Pass| -> Vec<f64> {
+            let gradients = pass.gradients.iter();
+            gradients.flat_map(|(_, values)| values.clone()).collect()
+        };
+        relative_error_of(&all(pass), &all(&exact))
+    };
+    let one = error(&pass(of(DType::BF16), &Mesh::single()));
+    for layout in [layout(1, 1, 2), layout(1, 1, 8)] {
+        for got in on_mesh(layout, |mesh| pass(of(DType::BF16), &mesh)) {
+            // Both are sums of many roundings: equal in size, not in value.
+            let ranks = error(&got);
+            assert!(ranks < 1.5 * one, "{layout:?}: {ranks:e}, one rank {one:e}");
+        }
+    }
+    assert!((1e-3..1e-1).contains(&one), "{one:e}");
 }
 
 /// Masters of all units, gathered, after five steps.
