@@ -203,6 +203,7 @@ fn assert_equals_one_rank(case: Case, layouts: &[Layout]) {
         let passes = on_mesh(layout, |mesh| (mesh.data_size(), pass(case, &mesh)));
         // Ranks that read different rows see different states; the largest is the largest of all.
         let mut largest = vec![0f64; expected.ratios.len()];
+        let mut worst = 0f64;
         for (rank, (_, got)) in passes.iter().enumerate() {
             let here = format!("{layout:?}, rank {rank}, {case:?}");
             assert_eq!(got.labelled, expected.labelled, "{here}");
@@ -211,6 +212,7 @@ fn assert_equals_one_rank(case: Case, layouts: &[Layout]) {
             for ((name, got), (_, expected)) in got.gradients.iter().zip(&expected.gradients) {
                 let error = relative_error_of(got, expected);
                 assert!(error < LIMIT, "{here}: {name}: {error:e}");
+                worst = worst.max(error);
             }
             for (largest, (_, ratio)) in largest.iter_mut().zip(&got.ratios) {
                 *largest = largest.max(*ratio);
@@ -220,6 +222,7 @@ fn assert_equals_one_rank(case: Case, layouts: &[Layout]) {
                 assert_eq!(own, largest, "{here}: every rank knows the largest");
             }
         }
+        println!("{layout:?}: worst gradient {worst:.1e}, limit {LIMIT:.0e}");
         let ratios: Vec<f64> = expected.ratios.iter().map(|(_, ratio)| *ratio).collect();
         assert!(relative_error_of(&largest, &ratios) < LIMIT);
     }
