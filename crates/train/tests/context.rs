@@ -7,6 +7,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device, Tensor};
 use ttt_data::{Dataset, IGNORE, Row, Split};
 use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
+use ttt_kernels::dtype::cast;
 use ttt_kernels::ops::flat::joined;
 use ttt_kernels::testing::{relative_error_of, values};
 use ttt_kernels::{ContextSettings, Packing};
@@ -157,7 +158,7 @@ fn pass(case: Case, mesh: &Mesh) -> Pass {
         let pass = model
             .accumulate(&micro, 0.01, case.activations, mesh)
             .expect("all ranks");
-        loss = loss + pass.loss;
+        loss = loss + cast(pass.loss, DType::F32);
         labelled += micro.labelled;
         for (layer, ratio) in pass.state_ratios {
             let ratio = values(&ratio)[0];
@@ -193,10 +194,18 @@ fn layout(replicate: usize, shard: usize, context: usize) -> Layout {
     }
 }
 
-/// Sums in another order: a gradient's last bits. A lost or doubled term shows as 1e-2 and more.
+/// Sums in another order: a gradient's last bits, more of them where large terms cancel. A lost or doubled
+/// term shows as 1e-2 and more.
 const LIMIT: f64 = 1e-5;
 
+/// Where only the gradients are f32, not what they are computed from: the rounding of one sum.
+const LIMIT_OF_F64: f64 = 5e-7;
+
 fn assert_equals_one_rank(case: Case, layouts: &[Layout]) {
+    let limit = match case.compute {
+        DType::F64 => LIMIT_OF_F64,
+        _ => LIMIT,
+    };
     let expected = pass(case, &Mesh::single());
     assert!(expected.ratios.iter().all(|(_, ratio)| *ratio > 0.01));
     for &layout in layouts {
@@ -211,7 +220,7 @@ fn assert_equals_one_rank(case: Case, layouts: &[Layout]) {
             assert!(loss < 1e-6, "{here}: loss {loss:e}");
             for ((name, got), (_, expected)) in got.gradients.iter().zip(&expected.gradients) {
                 let error = relative_error_of(got, expected);
-                assert!(error < LIMIT, "{here}: {name}: {error:e}");
+                assert!(error < limit, "{here}: {name}: {error:e}");
                 worst = worst.max(error);
             }
             for (largest, (_, ratio)) in largest.iter_mut().zip(&got.ratios) {
@@ -222,7 +231,7 @@ fn assert_equals_one_rank(case: Case, layouts: &[Layout]) {
                 assert_eq!(own, largest, "{here}: every rank knows the largest");
             }
         }
-        println!("{layout:?}: worst gradient {worst:.1e}, limit {LIMIT:.0e}");
+        println!("{layout:?}: worst gradient {worst:.1e}, limit {limit:.0e}");
         let ratios: Vec<f64> = expected.ratios.iter().map(|(_, ratio)| *ratio).collect();
         assert!(relative_error_of(&largest, &ratios) < LIMIT);
     }
@@ -244,6 +253,11 @@ fn context_ranks_compute_what_one_computes() {
         for activations in [Activations::Keep, Activations::Recompute] {
             assert_equals_one_rank(case(target, activations), &layouts);
         }
+        let in_f64 = Case {
+            compute: DType::F64,
+            ..case(target, Activations::Keep)
+        };
+        assert_equals_one_rank(in_f64, &layouts);
     }
 }
 
