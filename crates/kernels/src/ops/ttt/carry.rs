@@ -40,12 +40,17 @@ pub struct Carry<'a> {
 }
 
 impl<'a> Carry<'a> {
-    /// Sums of the shape and on the device of `like`, of the ranks that share the rows `packing` is a
-    /// part of.
+    /// Sums of `shape` over values like `like`, of the ranks that share the rows `packing` is a part of.
     ///
     /// # Panics
     /// If the part is not the one that the rank has.
-    pub fn new(context: &'a Context, packing: &'a Packing, from: From, like: &Tensor<2>) -> Self {
+    pub fn new(
+        context: &'a Context,
+        packing: &'a Packing,
+        from: From,
+        shape: [usize; 2],
+        like: &Tensor<3>,
+    ) -> Self {
         let (part, whole) = (packing.length(), packing.whole().length());
         assert!(
             part * context.size() == whole && packing.positions().start == part * context.rank(),
@@ -58,7 +63,7 @@ impl<'a> Carry<'a> {
             context,
             packing,
             from,
-            shape: like.dims(),
+            shape,
             device: like.device(),
             dtype: wide(like.dtype()),
         }

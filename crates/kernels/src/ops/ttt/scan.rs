@@ -152,7 +152,7 @@ impl FastWeightScan {
             });
             each.reduce(|a, b| a + b).expect("a document has pieces")
         };
-        Carry::new(context, &self.spec.packing, From::Before, w0).exchange(written)
+        Carry::new(context, &self.spec.packing, From::Before, w0.dims(), z).exchange(written)
     }
 
     /// Σ dOᵀZ of what reads a row's fast weights on the ranks behind: `[D, F]` f32, `None` where no
@@ -168,7 +168,7 @@ impl FastWeightScan {
             let end = carried.last().map_or(0, |piece| piece.range.end);
             outer(dy, z, row, 0..end)
         };
-        Carry::new(context, &self.spec.packing, From::Behind, w0).exchange(read)
+        Carry::new(context, &self.spec.packing, From::Behind, w0.dims(), z).exchange(read)
     }
 
     /// What of `arriving` the backward pass has to know: it peels the state of a row's last document,
