@@ -11,6 +11,11 @@ use std::ops::Range;
 use burn::tensor::DType;
 use ttt_model::{ModelConfig, ParamSpec, Unit};
 
+/// Elements that a part of a section is a multiple of: 512 bytes in bf16. On a GPU a slice is a view
+/// only where both of its ends lie on such a boundary; elsewhere every parameter would be copied out
+/// of what was gathered.
+const ALIGNED: usize = 256;
+
 /// Where a unit's parameters lie.
 #[derive(Clone, Debug)]
 pub struct FlatLayout {
@@ -63,7 +68,11 @@ impl FlatLayout {
                 continue;
             }
             let flat = offsets[params.start]..offsets[params.end];
-            let part = at..at + flat.len().div_ceil(shards);
+            let len = match shards {
+                1 => flat.len(),
+                _ => flat.len().div_ceil(shards).next_multiple_of(ALIGNED),
+            };
+            let part = at..at + len;
             at = part.end;
             sections.push(Section {
                 params,
@@ -300,7 +309,7 @@ mod tests {
         let layout = FlatLayout::new(&config, Unit::Block(1), 2);
         assert!(layout.specs[0].name.ends_with("mlp.down_proj.weight"));
         let gathers: Vec<_> = layout.gathers(DType::BF16).collect();
-        assert_eq!(gathers[0], (12, DType::F32));
+        assert_eq!(gathers[0], (ALIGNED, DType::F32));
         assert_eq!(gathers[1].1, DType::BF16);
         let plain = FlatLayout::new(&config, Unit::Block(0), 2);
         assert_eq!(plain.gathers(DType::BF16).count(), 1);

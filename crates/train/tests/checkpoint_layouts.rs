@@ -18,6 +18,7 @@ use ttt_train::checkpoint::{self, Checkpoint, Progress};
 use ttt_train::config::{Activations, Config};
 use ttt_train::init::initial_values;
 use ttt_train::optimizer::{Updater, scalar};
+use ttt_train::start::BaseModel;
 use ttt_train::step::{MicroBatch, Model, RopeCache};
 use ttt_train::units::UnitState;
 
@@ -379,6 +380,36 @@ fn gathered(units: &[UnitState], mesh: &Mesh) -> Vec<f64> {
         }
     }
     values
+}
+
+/// A model that a run continues is read in slices, too, new TTT layers among them.
+#[test]
+fn any_layout_continues_the_same_model() {
+    let base = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/hf/qwen3");
+    let text = format!(
+        "run.dir = \"run\"\ndata.path = \"data\"\ninit.from = \"{base}\"\n\
+         train = {{ steps = 1, sequence_length = 40, batch_tokens = 40 }}\n\
+         optimizer.lr = 1.0\n\
+         model.ttt = {{ enabled = true, layers = [1], chunk = 16, target = \"hidden\" }}"
+    );
+    let begun = |shape: [usize; 3]| {
+        on_ranks(layout(shape), |mesh| {
+            let mut config = Config::parse(&text, "test".as_ref(), &[]).expect("a configuration");
+            let base = BaseModel::open(&mut config).expect("the folder");
+            let base = base.expect("it is named");
+            let units = base
+                .units(&config, &mesh, &Device::flex())
+                .expect("weights");
+            gathered(&units, &mesh)
+        })
+    };
+    let expected = begun([1, 1, 1]).remove(0);
+    assert!(expected.iter().any(|value| *value != 0.0));
+    for shape in [[1, 2, 1], [1, 3, 1], [2, 2, 1]] {
+        for got in begun(shape) {
+            assert!(got == expected, "{shape:?}");
+        }
+    }
 }
 
 /// Format 1, with one hash per file, is read; one of the future is refused.

@@ -162,13 +162,15 @@ fn items(plan: &Plan) -> Vec<(&str, f64)> {
 #[test]
 fn sharded_weights_by_hand() {
     let config = tiny(&["train.activations=recompute", "model.sliding_window=5"]);
-    // Embedding 67 · 16; block: q 32 · 16, k and v 16 · 16, o 16 · 32, three of 24 · 16, norms 2 · 16 and
-    // 2 · 8; of those that learn also W_t 16 · 16 and 5 taps of 16; head 67 · 16 and 16.
-    let (embedding, plain, head) = (1072, 2 * 512 + 2 * 256 + 3 * 384 + 48, 1088);
+    // Embedding 67 · 16 = 1072; block: q 32 · 16, k and v 16 · 16, o 16 · 32, three of 24 · 16, norms 2 · 16 and
+    // 2 · 8; of those that learn also W_t 16 · 16 and 5 taps of 16; head 1072 and 16.
+    let plain = 2 * 512 + 2 * 256 + 3 * 384 + 48;
     let learning = plain + 256 + 80;
     let plan = Plan::on(&config, layout([1, 4, 1]));
-    // No unit needs padding: all are multiples of 4.
-    let shard = f64::from(embedding + plain + 2 * learning + head) / 4.0;
+    // Quarters, of W0 (24 · 16) apart, up to multiples of 256: 268, 684, 96, 672 and 272.
+    let (embedding_part, plain_part, learning_part, head_part) = (512, 768, 256 + 768, 512);
+    let blocks = plain_part + 2 * learning_part;
+    let shard = f64::from(embedding_part + blocks + head_part);
     let items = items(&plan);
     assert_eq!(items[0], ("master weights, f32", 4.0 * shard));
     assert_eq!(items[1], ("AdamW moments, 2 x f32", 8.0 * shard));
@@ -181,15 +183,10 @@ fn sharded_weights_by_hand() {
         items[3]
     );
     // 8 rows, 2 per rank, 2 at once: every shard goes to three others, those of blocks twice.
-    let all = u64::from(
-        3 * 4
-            * (embedding as u32 / 4
-                + 2 * (plain as u32 + 2 * learning as u32) / 4
-                + head as u32 / 4),
-    );
+    let all = 3 * 4 * u64::from((embedding_part + 2 * blocks + head_part) as u32);
     let gather = &plan.traffic.items[0];
     assert_eq!((gather.name, gather.bytes), ("parameters, all-gather", all));
-    assert_eq!(gather.per_layer, Some((3 * 4 * learning as u64 / 4, 3)));
+    assert_eq!(gather.per_layer, Some((3 * 4 * 1024, 3)));
 }
 
 fn shipped(name: &str, sets: &[&str]) -> Config {

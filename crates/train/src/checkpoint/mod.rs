@@ -13,7 +13,8 @@
 //! checkpoints it had. All ranks write into the same files, each the ranges of tensors that it
 //! holds, so that nothing is gathered and the folder does not show how many ranks there were; all
 //! ranks of any other layout read theirs from it. `run.dir` must therefore be on a file system that
-//! all of them share.
+//! all of them share, and that keeps what several machines write into different ranges of one file
+//! (Lustre, GPFS and NFS do): one that does not is found out by the hashes.
 
 mod manifest;
 mod read;
