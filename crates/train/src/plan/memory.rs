@@ -15,6 +15,9 @@ use super::saved::{keys, per_token};
 use crate::config::{Activations, Config, DeviceKind};
 use crate::units::FlatLayout;
 
+/// The item whose size depends on the moment.
+const GRADIENTS: &str = "gradients, f32";
+
 /// Bytes of an f32.
 const F32: f64 = 4.0;
 
@@ -24,7 +27,7 @@ const LOGITS_SLICE: f64 = (1u64 << 25) as f64;
 const FUSED_LOGITS_SLICE: f64 = (1u64 << 27) as f64;
 
 /// Bytes of the weights that the fused scan of a TTT layer makes at a time, at least one.
-const WEIGHTS_SLAB: f64 = (128u64 << 20) as f64;
+const WEIGHTS_SLAB: f64 = (256u64 << 20) as f64;
 
 /// Queries of a tile of the CPU's attention.
 const ATTENTION_TILE: usize = 256;
@@ -54,18 +57,11 @@ impl Memory {
     /// Of one rank of `layout`: of the last of its context group, which fetches most.
     pub(super) fn estimate(config: &Config, layout: Layout) -> Self {
         let sizes = Sizes::new(config, layout);
-        let weights = sizes.weights();
-        // The pass and the update are never at their fullest together.
-        let pass = sizes.pass();
-        let update = sizes.update();
         let sum = |items: &[MemoryItem]| items.iter().map(|item| item.bytes).sum::<f64>();
-        let fullest = if sum(&pass) > sum(&update) {
-            pass
-        } else {
-            update
-        };
-        let mut items = weights;
-        items.extend(fullest);
+        let moments = [sizes.pass(), sizes.end_of_pass(), sizes.update()];
+        let fullest = moments.into_iter().max_by(|a, b| sum(a).total_cmp(&sum(b)));
+        let mut items = sizes.weights();
+        items.extend(fullest.into_iter().flatten());
         items.retain(|item| item.bytes > 0.0);
         Self { items }
     }
@@ -149,9 +145,24 @@ impl<'a> Sizes<'a> {
         vec![
             item("master weights, f32", F32 * self.shard),
             item("AdamW moments, 2 x f32", 2.0 * F32 * self.shard),
-            item("gradients, f32", F32 * self.shard),
             item(name, self.gathered_bytes()),
         ]
+    }
+
+    /// The gradients that are there when a backward pass begins: those of the micro-batches before,
+    /// and in the first the head's, which came with the loss.
+    fn gradients_so_far(&self) -> MemoryItem {
+        let head = self.units.last().copied().unwrap_or(0.0) / self.layout.shard as f64;
+        let elements = if self.micro_batches() > 1 {
+            self.shard
+        } else {
+            head
+        };
+        item(GRADIENTS, F32 * elements)
+    }
+
+    fn all_gradients(&self) -> MemoryItem {
+        item(GRADIENTS, F32 * self.shard)
     }
 
     /// The weights that are whole at a time.
@@ -218,6 +229,26 @@ impl<'a> Sizes<'a> {
         self.compute_bytes * (rows * 2 * (queries + keys)) as f64
     }
 
+    /// One micro-batch at the end of its backward pass, when the first block is differentiated.
+    fn end_of_pass(&self) -> Vec<MemoryItem> {
+        let train = &self.config.train;
+        let residual = self.tokens * self.hidden * self.compute_bytes;
+        let block = self.saved_by_block_bytes(0);
+        vec![
+            self.all_gradients(),
+            item("activations of the first block", block + 4.0 * residual),
+            item(
+                "TTT states, f32",
+                self.ttt_state_bytes(train.micro_batch_rows),
+            ),
+            item("TTT states on their way", self.travelling_state_bytes()),
+            item(
+                "one block in its backward pass",
+                self.block_backward_bytes(),
+            ),
+        ]
+    }
+
     /// Forward and backward of one micro-batch, at the end of the forward pass.
     fn pass(&self) -> Vec<MemoryItem> {
         let train = &self.config.train;
@@ -241,26 +272,26 @@ impl<'a> Sizes<'a> {
             Activations::Keep => "kept",
             Activations::Recompute => "block inputs",
         };
+        let rows = train.micro_batch_rows;
+        let states = match train.activations {
+            Activations::Keep => rows * model.ttt_layers().len(),
+            Activations::Recompute => rows,
+        };
         vec![
+            self.gradients_so_far(),
             item(format!("activations, {mode}"), kept + ends),
-            item("TTT states, f32", self.ttt_state_bytes()),
+            item("TTT states, f32", self.ttt_state_bytes(states)),
             item("TTT states on their way", self.travelling_state_bytes()),
             item(name, working),
         ]
     }
 
-    /// The states kept for the backward pass, and the buffers of the layer that runs: S, G, one
-    /// chunk's update to each, and the weight W_0 + η S; or what the fused scan has of them.
-    fn ttt_state_bytes(&self) -> f64 {
-        let layers = self.config.model.ttt_layers().len() as f64;
-        if layers == 0.0 {
+    /// `kept` states for the backward pass, and the buffers of the layer that runs: S, G, one chunk's
+    /// update to each, and the weight W_0 + η S; or what the fused scan has of them.
+    fn ttt_state_bytes(&self, kept: usize) -> f64 {
+        if self.config.model.ttt_layers().is_empty() {
             return 0.0;
         }
-        let rows = self.config.train.micro_batch_rows as f64;
-        let kept = match self.config.train.activations {
-            Activations::Keep => layers * rows,
-            Activations::Recompute => rows,
-        };
         let elements = self.hidden * self.intermediate;
         let working = match self.fused() {
             // S and G; of a group of chunks the weights and the updates, bf16.
@@ -272,7 +303,7 @@ impl<'a> Sizes<'a> {
             }
             false => 5.0 * F32 * elements,
         };
-        kept * F32 * elements + working
+        kept as f64 * F32 * elements + working
     }
 
     /// Sums of updates as a rank sends them, and as it receives and adds them.
@@ -356,6 +387,9 @@ impl<'a> Sizes<'a> {
             (false, true) => 0.0,
         };
         let bytes = buffers * F32 * self.largest_unit() / self.layout.shard as f64;
-        vec![item("update of the largest unit", bytes)]
+        vec![
+            self.all_gradients(),
+            item("update of the largest unit", bytes),
+        ]
     }
 }
