@@ -3,12 +3,12 @@
 
 use std::fmt::Debug;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 
-use crate::group::{CommError, ProcessGroup, Receive, part_of};
-use crate::mailbox::Operation;
+use crate::group::{CommError, Pending, ProcessGroup, Receive, part_of};
+use crate::mailbox::{Operation, Tag};
 
 /// Elements up to which a sum is made by every rank from all tensors, in one exchange instead of two.
 const SMALL: usize = 1024;
@@ -29,22 +29,17 @@ pub trait Transport: Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// With what went wrong.
-    fn send(
-        &self,
-        to: &[usize],
-        group: u32,
-        operation: Operation,
-        tensor: Tensor<1>,
-    ) -> Result<(), String>;
+    fn send(&self, to: &[usize], tag: Tag, tensor: Tensor<1>) -> Result<(), String>;
 
-    /// Waits for the next tensor that `from` sent in `group`, and brings it to `device`.
+    /// Waits for the next tensor that `from` sent for this exchange, brings it to `device`, and tells
+    /// what the sender called the exchange.
     ///
     /// # Errors
     /// With what went wrong.
     fn receive(
         &self,
         from: usize,
-        group: u32,
+        tag: Tag,
         device: &Device,
     ) -> Result<(Operation, Tensor<1>), String>;
 }
@@ -58,7 +53,12 @@ pub struct HostGroup<T: Transport> {
     /// This rank's place among them.
     place: usize,
     id: u32,
+    /// The next exchange's.
+    ticket: Arc<AtomicU64>,
 }
+
+/// The ticket of all [`Operation::Exchange`].
+const BETWEEN_SOME: u64 = u64::MAX;
 
 impl<T: Transport> Clone for HostGroup<T> {
     fn clone(&self) -> Self {
@@ -67,6 +67,7 @@ impl<T: Transport> Clone for HostGroup<T> {
             members: self.members.clone(),
             place: self.place,
             id: self.id,
+            ticket: self.ticket.clone(),
         }
     }
 }
@@ -79,6 +80,7 @@ impl<T: Transport> HostGroup<T> {
             members: (0..transport.size()).collect(),
             place: transport.rank(),
             id: 0,
+            ticket: Arc::default(),
             transport,
         }
     }
@@ -86,6 +88,15 @@ impl<T: Transport> HostGroup<T> {
     /// What carries this group's tensors.
     pub fn transport(&self) -> &Arc<T> {
         &self.transport
+    }
+
+    /// What the next exchange of all ranks is known by.
+    fn next(&self, operation: Operation) -> Tag {
+        Tag {
+            group: self.id,
+            ticket: self.ticket.fetch_add(1, Ordering::Relaxed),
+            operation,
+        }
     }
 
     fn failed(&self, operation: Operation, reason: String) -> CommError {
@@ -97,23 +108,23 @@ impl<T: Transport> HostGroup<T> {
         }
     }
 
-    fn send(&self, operation: Operation, to: usize, tensor: Tensor<1>) -> Result<(), CommError> {
-        let to = [self.members[to]];
-        let sent = self.transport.send(&to, self.id, operation, tensor);
-        sent.map_err(|reason| self.failed(operation, reason))
+    fn send(&self, tag: Tag, to: usize, tensor: Tensor<1>) -> Result<(), CommError> {
+        let sent = self.transport.send(&[self.members[to]], tag, tensor);
+        sent.map_err(|reason| self.failed(tag.operation, reason))
     }
 
     /// The same tensor to all others.
-    fn send_all(&self, operation: Operation, tensor: Tensor<1>) -> Result<(), CommError> {
+    fn send_all(&self, tag: Tag, tensor: Tensor<1>) -> Result<(), CommError> {
         let others = self.members.iter().copied();
         let others: Vec<usize> = others.filter(|&m| m != self.members[self.place]).collect();
-        let sent = self.transport.send(&others, self.id, operation, tensor);
-        sent.map_err(|reason| self.failed(operation, reason))
+        let sent = self.transport.send(&others, tag, tensor);
+        sent.map_err(|reason| self.failed(tag.operation, reason))
     }
 
-    fn receive(&self, operation: Operation, due: &Receive) -> Result<Tensor<1>, CommError> {
+    fn receive(&self, tag: Tag, due: &Receive) -> Result<Tensor<1>, CommError> {
         let from = self.members[due.from];
-        let received = self.transport.receive(from, self.id, &due.device);
+        let operation = tag.operation;
+        let received = self.transport.receive(from, tag, &due.device);
         let (sent, tensor) = received.map_err(|reason| self.failed(operation, reason))?;
         let (len, dtype) = (tensor.dims()[0], tensor.dtype());
         if sent != operation || len != due.len || dtype != due.dtype {
@@ -127,33 +138,29 @@ impl<T: Transport> HostGroup<T> {
         Ok(tensor)
     }
 
-    /// Sends tensor i to rank i and receives one of `len` elements from each.
-    fn swap(
-        &self,
-        operation: Operation,
-        tensors: Vec<Tensor<1>>,
-        len: usize,
-    ) -> Result<Vec<Tensor<1>>, CommError> {
+    /// Sends tensor i to rank i; this rank's own comes back.
+    fn deal(&self, tag: Tag, tensors: Vec<Tensor<1>>) -> Result<Tensor<1>, CommError> {
         let own = tensors[self.place].clone();
         for (to, tensor) in tensors.into_iter().enumerate() {
             if to != self.place {
-                self.send(operation, to, tensor)?;
+                self.send(tag, to, tensor)?;
             }
         }
-        self.collect(operation, own, |_| len)
+        Ok(own)
     }
 
     /// One tensor of all ranks: `[n]` → size times `[n]`.
     fn gather(&self, operation: Operation, tensor: Tensor<1>) -> Result<Vec<Tensor<1>>, CommError> {
+        let tag = self.next(operation);
+        self.send_all(tag, tensor.clone())?;
         let len = tensor.dims()[0];
-        self.send_all(operation, tensor.clone())?;
-        self.collect(operation, tensor, |_| len)
+        self.collect(tag, tensor, |_| len)
     }
 
     /// One tensor from each rank, of `len(rank)` elements; this rank's own is `own`.
     fn collect(
         &self,
-        operation: Operation,
+        tag: Tag,
         own: Tensor<1>,
         len: impl Fn(usize) -> usize,
     ) -> Result<Vec<Tensor<1>>, CommError> {
@@ -167,17 +174,24 @@ impl<T: Transport> HostGroup<T> {
         (0..self.size())
             .map(|from| match from == self.place {
                 true => Ok(own.clone()),
-                false => self.receive(operation, &due(from)),
+                false => self.receive(tag, &due(from)),
             })
             .collect()
     }
 
-    /// `tensor` in equal parts, one for each rank.
-    fn parts(
+    /// What [`collect`](Self::collect) of tensors as long as `own` will give, put together.
+    fn later(
         &self,
-        operation: Operation,
-        tensor: Tensor<1>,
-    ) -> Result<(Vec<Tensor<1>>, usize), CommError> {
+        tag: Tag,
+        own: Tensor<1>,
+        join: impl FnOnce(Vec<Tensor<1>>) -> Tensor<1> + Send + 'static,
+    ) -> Pending {
+        let (this, len) = (self.clone(), own.dims()[0]);
+        Pending::new(move || Ok(join(this.collect(tag, own, |_| len)?)))
+    }
+
+    /// `tensor` in equal parts, one for each rank.
+    fn parts(&self, operation: Operation, tensor: Tensor<1>) -> Result<Vec<Tensor<1>>, CommError> {
         let (len, size) = (tensor.dims()[0], self.size());
         if !len.is_multiple_of(size) {
             let reason = format!("{len} elements are no multiple of {size} ranks");
@@ -185,7 +199,7 @@ impl<T: Transport> HostGroup<T> {
         }
         let len = len / size;
         let part = |i: usize| tensor.clone().narrow(0, i * len, len);
-        Ok(((0..size).map(part).collect(), len))
+        Ok((0..size).map(part).collect())
     }
 
     fn check(&self, operation: Operation, rank: usize) -> Result<(), CommError> {
@@ -241,35 +255,54 @@ impl<T: Transport> ProcessGroup for HostGroup<T> {
             return Ok(sum(self.gather(operation, tensor)?));
         }
         // Each rank sums its part, then all get all parts; parts differ by one element at most.
+        let tag = self.next(operation);
         let range = |i: usize| i * len / size..(i + 1) * len / size;
         let parts = (0..size).map(|i| tensor.clone().slice([range(i)]));
-        let own = sum(self.swap(operation, parts.collect(), range(self.place).len())?);
-        self.send_all(operation, own.clone())?;
-        let whole = self.collect(operation, own, |from| range(from).len())?;
+        let own = self.deal(tag, parts.collect())?;
+        let own = sum(self.collect(tag, own, |_| range(self.place).len())?);
+        self.send_all(tag, own.clone())?;
+        let whole = self.collect(tag, own, |from| range(from).len())?;
         Ok(Tensor::cat(whole, 0))
     }
 
     fn all_gather(&self, shard: Tensor<1>) -> Result<Tensor<1>, CommError> {
-        Ok(Tensor::cat(self.gather(Operation::AllGather, shard)?, 0))
+        self.start_all_gather(shard)?.wait()
     }
 
     fn reduce_scatter_sum(&self, tensor: Tensor<1>) -> Result<Tensor<1>, CommError> {
-        let operation = Operation::ReduceScatter;
-        let (parts, len) = self.parts(operation, tensor)?;
-        Ok(sum(self.swap(operation, parts, len)?))
+        self.start_reduce_scatter_sum(tensor)?.wait()
     }
 
     fn all_to_all(&self, tensor: Tensor<1>) -> Result<Tensor<1>, CommError> {
-        let operation = Operation::AllToAll;
-        let (parts, len) = self.parts(operation, tensor)?;
-        Ok(Tensor::cat(self.swap(operation, parts, len)?, 0))
+        self.start_all_to_all(tensor)?.wait()
+    }
+
+    fn start_all_gather(&self, shard: Tensor<1>) -> Result<Pending, CommError> {
+        let tag = self.next(Operation::AllGather);
+        self.send_all(tag, shard.clone())?;
+        Ok(self.later(tag, shard, |all| Tensor::cat(all, 0)))
+    }
+
+    fn start_reduce_scatter_sum(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
+        let parts = self.parts(Operation::ReduceScatter, tensor)?;
+        let tag = self.next(Operation::ReduceScatter);
+        let own = self.deal(tag, parts)?;
+        Ok(self.later(tag, own, sum))
+    }
+
+    fn start_all_to_all(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
+        let parts = self.parts(Operation::AllToAll, tensor)?;
+        let tag = self.next(Operation::AllToAll);
+        let own = self.deal(tag, parts)?;
+        Ok(self.later(tag, own, |all| Tensor::cat(all, 0)))
     }
 
     fn broadcast(&self, tensor: Tensor<1>, root: usize) -> Result<Tensor<1>, CommError> {
         let operation = Operation::Broadcast;
         self.check(operation, root)?;
+        let tag = self.next(operation);
         if root == self.place {
-            self.send_all(operation, tensor.clone())?;
+            self.send_all(tag, tensor.clone())?;
             return Ok(tensor);
         }
         let due = Receive {
@@ -278,7 +311,7 @@ impl<T: Transport> ProcessGroup for HostGroup<T> {
             dtype: tensor.dtype(),
             device: tensor.device(),
         };
-        self.receive(operation, &due)
+        self.receive(tag, &due)
     }
 
     fn exchange(
@@ -291,13 +324,15 @@ impl<T: Transport> ProcessGroup for HostGroup<T> {
         for rank in ranks.chain(receives.iter().map(|due| due.from)) {
             self.check(operation, rank)?;
         }
+        let tag = Tag {
+            group: self.id,
+            ticket: BETWEEN_SOME,
+            operation,
+        };
         for (to, tensor) in sends {
-            self.send(operation, to, tensor)?;
+            self.send(tag, to, tensor)?;
         }
-        receives
-            .iter()
-            .map(|due| self.receive(operation, due))
-            .collect()
+        receives.iter().map(|due| self.receive(tag, due)).collect()
     }
 
     fn barrier(&self) -> Result<(), CommError> {
@@ -335,6 +370,7 @@ impl<T: Transport> ProcessGroup for HostGroup<T> {
             members: list.iter().map(|&rank| self.members[rank]).collect(),
             place,
             id,
+            ticket: Arc::default(),
         }))
     }
 }

@@ -59,7 +59,19 @@ impl fmt::Display for Operation {
     }
 }
 
-/// Letters in the order of their arrival, by group and sender.
+/// What a letter is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tag {
+    /// The group's number.
+    pub group: u32,
+    /// The exchange's number in the group, equal on all of its ranks: what one rank asks for late may
+    /// be waited for late. All [`Operation::Exchange`] have one: not every rank has a part in them.
+    pub ticket: u64,
+    /// What the exchange is.
+    pub operation: Operation,
+}
+
+/// Letters in the order of their arrival, by group, ticket and sender.
 #[derive(Debug)]
 pub struct Mailbox<P> {
     state: Mutex<State<P>>,
@@ -68,7 +80,7 @@ pub struct Mailbox<P> {
 
 #[derive(Debug)]
 struct State<P> {
-    letters: HashMap<(u32, usize), VecDeque<(Operation, P)>>,
+    letters: HashMap<(u32, u64, usize), VecDeque<(Operation, P)>>,
     /// The first failure of any rank: the run cannot go on.
     failed: Option<String>,
     /// Ranks that ended in order: only who waits for one of them fails.
@@ -97,24 +109,29 @@ impl<P> Mailbox<P> {
     }
 
     /// Puts a letter from rank `from` in.
-    pub fn put(&self, group: u32, from: usize, operation: Operation, payload: P) {
+    pub fn put(&self, from: usize, tag: Tag, payload: P) {
         let mut state = self.lock();
-        let queue = state.letters.entry((group, from)).or_default();
-        queue.push_back((operation, payload));
+        let key = (tag.group, tag.ticket, from);
+        let queue = state.letters.entry(key).or_default();
+        queue.push_back((tag.operation, payload));
         self.changed.notify_all();
     }
 
-    /// Waits for the next letter of rank `from` in `group`. What has arrived is handed out even
-    /// when a rank has failed since.
+    /// Waits for the next letter of rank `from` for this exchange, and tells what it was for there.
+    /// What has arrived is handed out even when a rank has failed since.
     ///
     /// # Errors
     /// With the reason, once none can come any more.
-    pub fn take(&self, group: u32, from: usize) -> Result<(Operation, P), String> {
+    pub fn take(&self, from: usize, tag: Tag) -> Result<(Operation, P), String> {
+        let key = (tag.group, tag.ticket, from);
         let mut state = self.lock();
         loop {
-            if let Some(queue) = state.letters.get_mut(&(group, from))
+            if let Some(queue) = state.letters.get_mut(&key)
                 && let Some(letter) = queue.pop_front()
             {
+                if queue.is_empty() {
+                    state.letters.remove(&key);
+                }
                 return Ok(letter);
             }
             if let Some(reason) = state.failed.as_ref().or(state.ended.get(&from)) {

@@ -5,9 +5,9 @@ use std::sync::atomic::AtomicU32;
 
 use burn::tensor::{Device, Tensor};
 
-use crate::group::{CommError, ProcessGroup, Receive};
+use crate::group::{CommError, Pending, ProcessGroup, Receive};
 use crate::host::{HostGroup, Transport};
-use crate::mailbox::{Mailbox, Operation};
+use crate::mailbox::{Mailbox, Operation, Tag};
 use crate::mesh::{Layout, Mesh};
 
 /// One rank of a group of threads.
@@ -103,20 +103,14 @@ impl Transport for Threads {
         &self.next_group
     }
 
-    fn send(
-        &self,
-        to: &[usize],
-        group: u32,
-        operation: Operation,
-        tensor: Tensor<1>,
-    ) -> Result<(), String> {
+    fn send(&self, to: &[usize], tag: Tag, tensor: Tensor<1>) -> Result<(), String> {
         // What travels belongs to no tape.
         let tensor = match tensor.is_autodiff() {
             true => tensor.inner(),
             false => tensor,
         };
         for &to in to {
-            self.mailboxes[to].put(group, self.rank, operation, tensor.clone());
+            self.mailboxes[to].put(self.rank, tag, tensor.clone());
         }
         Ok(())
     }
@@ -124,10 +118,10 @@ impl Transport for Threads {
     fn receive(
         &self,
         from: usize,
-        group: u32,
+        tag: Tag,
         device: &Device,
     ) -> Result<(Operation, Tensor<1>), String> {
-        let (operation, tensor) = self.mailboxes[self.rank].take(group, from)?;
+        let (operation, tensor) = self.mailboxes[self.rank].take(from, tag)?;
         let tensor = match device.is_autodiff() {
             true => tensor.autodiff(),
             false => tensor,
@@ -179,6 +173,18 @@ impl ProcessGroup for ThreadRank {
 
     fn split(&self, parts: &[Vec<usize>]) -> Result<Arc<dyn ProcessGroup>, CommError> {
         self.0.split(parts)
+    }
+
+    fn start_all_gather(&self, shard: Tensor<1>) -> Result<Pending, CommError> {
+        self.0.start_all_gather(shard)
+    }
+
+    fn start_reduce_scatter_sum(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
+        self.0.start_reduce_scatter_sum(tensor)
+    }
+
+    fn start_all_to_all(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
+        self.0.start_all_to_all(tensor)
     }
 }
 

@@ -53,7 +53,11 @@ fn check_round(group: &dyn ProcessGroup, ranks: &[usize], round: usize, n: usize
         .collect();
     check("all_gather", group.all_gather(own(n)), gathered.clone());
     let pending = group.start_all_gather(own(n));
-    check("start_all_gather", pending.and_then(|p| p.wait()), gathered);
+    check(
+        "start_all_gather",
+        pending.and_then(|p| p.wait()),
+        gathered.clone(),
+    );
 
     let mine = me * n..(me + 1) * n;
     let scattered: Vec<f32> = mine.clone().map(total).collect();
@@ -62,14 +66,34 @@ fn check_round(group: &dyn ProcessGroup, ranks: &[usize], round: usize, n: usize
     check("reduce_scatter", got, scattered.clone());
     let pending = group.start_reduce_scatter_sum(whole());
     let got = pending.and_then(|p| p.wait());
-    check("start_reduce_scatter", got, scattered);
+    check("start_reduce_scatter", got, scattered.clone());
 
     let turned: Vec<f32> = (0..size)
         .flat_map(|r| mine.clone().map(move |i| of(r, i)))
         .collect();
     check("all_to_all", group.all_to_all(whole()), turned.clone());
     let pending = group.start_all_to_all(whole());
-    check("start_all_to_all", pending.and_then(|p| p.wait()), turned);
+    check(
+        "start_all_to_all",
+        pending.and_then(|p| p.wait()),
+        turned.clone(),
+    );
+
+    // Several under way, waited for in another order than begun, with others in between.
+    let gather = group.start_all_gather(own(n)).expect("begun");
+    let scatter = group.start_reduce_scatter_sum(whole()).expect("begun");
+    let turn = group.start_all_to_all(whole()).expect("begun");
+    let again = group.start_all_gather(own(n + 1)).expect("begun");
+    check(
+        "all_reduce between",
+        group.all_reduce_sum(own(n)),
+        (0..n).map(total).collect(),
+    );
+    let longer = (0..size).flat_map(|r| (0..n + 1).map(move |i| of(r, i)));
+    check("the second all_gather", again.wait(), longer.collect());
+    check("all_to_all after", turn.wait(), turned);
+    check("reduce_scatter after", scatter.wait(), scattered);
+    check("the first all_gather", gather.wait(), gathered);
 
     let root = round % size;
     let sent = (0..n).map(|i| of(root, i)).collect();

@@ -1,9 +1,9 @@
-//! What goes over a connection: a header of 32 bytes, then as many bytes as it says.
+//! What goes over a connection: a header of 40 bytes, then as many bytes as it says.
 //!
 //! ```text
 //! 0  magic "TTTf"   4  kind       5  operation   6  dtype   7  zero
-//! 8  group          12 checksum of the other 28 bytes
-//! 16 sequence       24 bytes that follow                       little endian
+//! 8  group          12 checksum of the other 36 bytes
+//! 16 sequence       24 ticket     32 bytes that follow        little endian
 //! ```
 //!
 //! A header is believed only as a whole: damaged, out of order or from a stranger it is an error. The
@@ -11,10 +11,10 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 
-use crate::mailbox::Operation;
+use crate::mailbox::{Operation, Tag};
 
 /// Bytes of a header.
-pub const HEADER_BYTES: usize = 32;
+pub const HEADER_BYTES: usize = 40;
 /// The longest frame: no unit of a model comes near.
 pub const MAX_BYTES: u64 = 1 << 37;
 /// The longest frame of [`Kind::Hello`], [`Kind::Welcome`], [`Kind::Refused`], [`Kind::Failed`].
@@ -72,11 +72,9 @@ pub struct Header {
     /// What it is for.
     pub kind: Kind,
     /// Which exchange a tensor belongs to.
-    pub operation: Operation,
+    pub tag: Tag,
     /// Precision of a tensor.
     pub dtype: WireType,
-    /// The group of a tensor.
-    pub group: u32,
     /// Which frame of the connection this is, from 0.
     pub sequence: u64,
     /// Bytes that follow.
@@ -116,9 +114,12 @@ impl Header {
     pub fn plain(kind: Kind, sequence: u64, bytes: usize) -> Self {
         Self {
             kind,
-            operation: Operation::Barrier,
+            tag: Tag {
+                group: 0,
+                ticket: 0,
+                operation: Operation::Barrier,
+            },
             dtype: WireType::None,
-            group: 0,
             sequence,
             bytes: bytes as u64,
         }
@@ -131,11 +132,12 @@ impl Header {
         let mut out = [0; HEADER_BYTES];
         out[..4].copy_from_slice(&MAGIC);
         out[4] = number(KINDS.iter().position(|&k| k == self.kind));
-        out[5] = number(Operation::ALL.iter().position(|&o| o == self.operation));
+        out[5] = number(Operation::ALL.iter().position(|&o| o == self.tag.operation));
         out[6] = number(TYPES.iter().position(|&t| t == self.dtype));
-        out[8..12].copy_from_slice(&self.group.to_le_bytes());
+        out[8..12].copy_from_slice(&self.tag.group.to_le_bytes());
         out[16..24].copy_from_slice(&self.sequence.to_le_bytes());
-        out[24..].copy_from_slice(&self.bytes.to_le_bytes());
+        out[24..32].copy_from_slice(&self.tag.ticket.to_le_bytes());
+        out[32..].copy_from_slice(&self.bytes.to_le_bytes());
         let checksum = checksum(&out);
         out[12..16].copy_from_slice(&checksum.to_le_bytes());
         out
@@ -165,11 +167,14 @@ impl Header {
         };
         let header = Self {
             kind,
-            operation,
+            tag: Tag {
+                group: word(8),
+                ticket: long(24),
+                operation,
+            },
             dtype,
-            group: word(8),
             sequence: long(16),
-            bytes: long(24),
+            bytes: long(32),
         };
         if header.sequence != sequence {
             let number = header.sequence;
@@ -257,12 +262,16 @@ mod tests {
     use proptest::prelude::*;
 
     fn headers() -> impl Strategy<Value = Header> {
-        (0..8usize, 0..2usize, any::<u32>(), any::<u64>(), 0..300u64).prop_map(
-            |(operation, dtype, group, sequence, elements)| Header {
+        let tag = (0..8usize, any::<u32>(), any::<u64>());
+        (tag, 0..2usize, any::<u64>(), 0..300u64).prop_map(
+            |((operation, group, ticket), dtype, sequence, elements)| Header {
                 kind: Kind::Tensor,
-                operation: Operation::ALL[operation],
+                tag: Tag {
+                    group,
+                    ticket,
+                    operation: Operation::ALL[operation],
+                },
                 dtype: TYPES[dtype + 1],
-                group,
                 sequence,
                 bytes: elements * 4,
             },
@@ -318,8 +327,8 @@ mod tests {
 
         /// A hostile header with a right checksum: any kind, precision and length.
         #[test]
-        fn hostile_headers_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 32..200), kind in 0..9u8) {
-            let header: &mut [u8; HEADER_BYTES] = bytes.first_chunk_mut().expect("32");
+        fn hostile_headers_never_panic(mut bytes in prop::collection::vec(any::<u8>(), HEADER_BYTES..200), kind in 0..9u8) {
+            let header: &mut [u8; HEADER_BYTES] = bytes.first_chunk_mut().expect("a header");
             header[..4].copy_from_slice(&MAGIC);
             (header[4], header[5], header[6], header[7]) = (kind, header[5] % 9, header[6] % 4, 0);
             header[16..24].fill(0);

@@ -29,7 +29,7 @@ use burn::tensor::{Device, Tensor};
 
 use crate::group::CommError;
 use crate::host::{HostGroup, Transport};
-use crate::mailbox::{Mailbox, Operation};
+use crate::mailbox::{Mailbox, Operation, Tag};
 use frame::{Header, Kind, WireType, read_frame, write_frame};
 
 pub use rendezvous::Meeting;
@@ -61,8 +61,7 @@ struct Peer {
 /// What a writing thread is given.
 enum Letter {
     Tensor {
-        group: u32,
-        operation: Operation,
+        tag: Tag,
         dtype: WireType,
         bytes: Arc<Vec<u8>>,
     },
@@ -150,17 +149,11 @@ fn write_all(mut stream: TcpStream, letters: &Receiver<Letter>, beat: Duration) 
     loop {
         let letter = letters.recv_timeout(beat);
         let (header, bytes) = match &letter {
-            Ok(Letter::Tensor {
-                group,
-                operation,
-                dtype,
-                bytes,
-            }) => {
+            Ok(Letter::Tensor { tag, dtype, bytes }) => {
                 let header = Header {
                     kind: Kind::Tensor,
-                    operation: *operation,
+                    tag: *tag,
                     dtype: *dtype,
-                    group: *group,
                     sequence,
                     bytes: bytes.len() as u64,
                 };
@@ -202,7 +195,7 @@ fn read_all(
             Ok((header, bytes)) => match header.kind {
                 Kind::Tensor => {
                     let letter = (header.dtype, bytes);
-                    mailbox.put(header.group, rank, header.operation, letter);
+                    mailbox.put(rank, header.tag, letter);
                 }
                 Kind::Heartbeat => {}
                 Kind::Bye => return mailbox.end(rank, format!("rank {rank} has ended")),
@@ -296,13 +289,7 @@ impl Transport for Tcp {
         &self.next_group
     }
 
-    fn send(
-        &self,
-        to: &[usize],
-        group: u32,
-        operation: Operation,
-        tensor: Tensor<1>,
-    ) -> Result<(), String> {
+    fn send(&self, to: &[usize], tag: Tag, tensor: Tensor<1>) -> Result<(), String> {
         if let Some(reason) = self.failure() {
             return Err(reason);
         }
@@ -315,12 +302,11 @@ impl Transport for Tcp {
             match &self.peers[to] {
                 None => {
                     let letter = (dtype, bytes.to_vec());
-                    self.mailbox.put(group, to, operation, letter);
+                    self.mailbox.put(to, tag, letter);
                 }
                 Some(peer) => {
                     let letter = Letter::Tensor {
-                        group,
-                        operation,
+                        tag,
                         dtype,
                         bytes: bytes.clone(),
                     };
@@ -335,10 +321,10 @@ impl Transport for Tcp {
     fn receive(
         &self,
         from: usize,
-        group: u32,
+        tag: Tag,
         device: &Device,
     ) -> Result<(Operation, Tensor<1>), String> {
-        let (operation, (dtype, bytes)) = self.mailbox.take(group, from)?;
+        let (operation, (dtype, bytes)) = self.mailbox.take(from, tag)?;
         Ok((operation, wire::from_bytes(dtype, &bytes, device)))
     }
 }

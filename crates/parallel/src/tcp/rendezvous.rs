@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::frame::{Header, Kind, read_frame, write_frame};
 
 /// Changes with what ranks say to each other, so that two versions do not misunderstand.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// How long a greeting may take once connected.
 const GREETING: Duration = Duration::from_secs(5);
 /// Between two attempts to reach somebody who may not be there yet.
