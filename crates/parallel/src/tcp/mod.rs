@@ -2,7 +2,7 @@
 //!
 //! Why not a kept library: the `mpi` crate needs an Open MPI or MPICH installation with its compiler
 //! wrapper to build, and Gloo has no kept Rust binding; `cargo build` alone must suffice. What is
-//! here is the standard library: one connection between any two ranks ([`rendezvous`]), framed
+//! here is the standard library: one connection between any two ranks (`rendezvous.rs`), framed
 //! ([`frame`]), with a thread that writes and one that reads at each end, so that no send waits for
 //! its receiver and no order of exchanges waits for ever.
 //!
@@ -12,6 +12,7 @@
 //! whose program hangs while its threads still beat.
 
 pub mod frame;
+mod greeting;
 mod rendezvous;
 #[cfg(test)]
 mod tests;
