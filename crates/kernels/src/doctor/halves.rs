@@ -72,11 +72,10 @@ pub fn all() -> Vec<Op> {
         Half {
             window: Some(80),
             qk_norm: true,
-            packing: Some(packed(2, 600)),
             shared: true,
             ..causal.clone()
         }
-        .attention("normed heads, documents, a part of rows"),
+        .attention("normed heads, a part of rows"),
         mlp(2, 101, 96, 264, false),
         mlp(1, 130, 1024, 128, true),
         mlp(3, 333, 192, 384, false),

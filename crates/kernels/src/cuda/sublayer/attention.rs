@@ -38,8 +38,8 @@ pub fn attention(
     let [batch, tokens, _] = x.dims();
     let heads = half.heads(batch * tokens, w.q.dims()[0], w.k.dims()[0]);
     heads.check(w.qk_norm.is_some())?;
-    let shared = SharedAttention::new(spec);
-    if shared.is_some_and(|s| !s.is_own_but_for_the_first(heads.groups)) {
+    let fits = |s: SharedAttention| !heads.split && s.is_own_but_for_the_first(heads.groups);
+    if SharedAttention::new(spec).is_some_and(|shared| !fits(shared)) {
         return None;
     }
     // Both directions have the same forms, so one tells.

@@ -1,5 +1,5 @@
-//! What the attention half does at the edges of a rank's part of rows, on queries, keys and values as the
-//! half holds them ([`Heads`]).
+//! What the attention half does at the edges of a rank's part of rows, on rows that hold a token's
+//! queries, keys and values ([`Heads`], not split).
 
 use std::ops::Range;
 
@@ -113,37 +113,13 @@ impl Edge {
 
     /// The tokens `tokens`: `[B, n, X, E]`, X being H or 2 G.
     fn read(&self, qkv: &Tensor<1>, tokens: Range<usize>, of: Of) -> Tensor<4> {
-        let KeyForm { batch, size, .. } = self.form;
-        let count = tokens.len();
-        let (_, heads) = self.place(of);
-        match self.heads.split {
-            false => self.joined(qkv.clone()).slice(self.range(tokens, of)),
-            true => {
-                let part = |row| {
-                    let begin = self.begin(row, tokens.start, of);
-                    qkv.clone().narrow(0, begin, count * heads * size)
-                };
-                let parts = (0..batch).map(part).collect();
-                Tensor::cat(parts, 0).reshape([batch, count, heads, size])
-            }
-        }
+        self.rows(qkv.clone()).slice(self.range(tokens, of))
     }
 
     /// `qkv` with other values for the tokens `tokens`: `[B, n, X, E]`.
     fn write(&self, qkv: Tensor<1>, tokens: Range<usize>, of: Of, x: Tensor<4>) -> Tensor<1> {
-        match self.heads.split {
-            false => {
-                let joined = self.joined(qkv);
-                let joined = joined.slice_assign(self.range(tokens, of), x);
-                joined.reshape([-1])
-            }
-            true => (0..self.form.batch).fold(qkv, |qkv, row| {
-                let values: Tensor<1> = x.clone().narrow(0, row, 1).reshape([-1]);
-                let begin = self.begin(row, tokens.start, of);
-                let end = begin + values.dims()[0];
-                qkv.slice_assign(std::slice::from_ref(&(begin..end)), values)
-            }),
-        }
+        let rows = self.rows(qkv).slice_assign(self.range(tokens, of), x);
+        rows.reshape([-1])
     }
 
     /// First head among H + 2 G, and how many.
@@ -155,8 +131,8 @@ impl Edge {
         }
     }
 
-    /// All of a buffer whose rows hold queries, keys and values: `[B, N, H + 2 G, E]`.
-    fn joined(&self, qkv: Tensor<1>) -> Tensor<4> {
+    /// All of the buffer: `[B, N, H + 2 G, E]`.
+    fn rows(&self, qkv: Tensor<1>) -> Tensor<4> {
         let KeyForm { batch, size, .. } = self.form;
         qkv.reshape([batch, self.tokens, self.heads.width() / size, size])
     }
@@ -164,13 +140,6 @@ impl Edge {
     fn range(&self, tokens: Range<usize>, of: Of) -> [Range<usize>; 3] {
         let (first, count) = self.place(of);
         [0..self.form.batch, tokens, first..first + count]
-    }
-
-    /// The first element of a token, where queries have rows of their own before the others.
-    fn begin(&self, row: usize, token: usize, of: Of) -> usize {
-        let size = self.form.size;
-        let (first, count) = self.place(of);
-        self.heads.rows * first * size + (row * self.tokens + token) * count * size
     }
 }
 
