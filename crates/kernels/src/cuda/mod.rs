@@ -17,6 +17,7 @@ pub mod cudnn_plan;
 pub mod embedding;
 pub mod flat;
 pub mod gemm;
+mod gemm_plan;
 mod heads;
 mod hopper;
 pub mod linear;

@@ -25,6 +25,14 @@ pub fn attention(
 ) -> Option<Tensor<3>> {
     let like = Buffer::of(x)?;
     Norm::of(&like, &Buffer::of(w.norm)?, w.eps)?;
+    let [batch, tokens, _] = x.dims();
+    let angles = [tokens, w.head_size / 2];
+    if [cos, sin]
+        .iter()
+        .any(|t| t.dtype() != DType::F32 || t.dims() != angles)
+    {
+        return None;
+    }
     let matrices = [w.q, w.k, w.v, w.o];
     let bf16 = matrices.iter().all(|m| m.dtype() == DType::BF16);
     let half = Attention {
@@ -35,7 +43,6 @@ pub fn attention(
         cos: cos.clone(),
         sin: sin.clone(),
     };
-    let [batch, tokens, _] = x.dims();
     let heads = half.heads(batch * tokens, w.q.dims()[0], w.k.dims()[0]);
     heads.check(w.qk_norm.is_some())?;
     let fits = |s: SharedAttention| !heads.split && s.is_own_but_for_the_first(heads.groups);
