@@ -1,10 +1,10 @@
 //! Training on ranks that share rows against training on one: losses, every parameter's gradient on every
 //! rank, weights after five steps, evaluation.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor};
+use common::model::model;
 use ttt_data::{Dataset, IGNORE, Row, Split};
 use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
 use ttt_kernels::dtype::cast;
@@ -12,17 +12,16 @@ use ttt_kernels::ops::flat::joined;
 use ttt_kernels::testing::{relative_error_of, values};
 use ttt_kernels::{ContextSettings, Packing};
 use ttt_model::rope::RopeTable;
-use ttt_model::{Batch, Block, Init, LayerType, ModelConfig, ModelType, ParamSpec, Target};
+use ttt_model::{Batch, Block, LayerType, ModelConfig, ModelType, Target};
 use ttt_model::{TttConfig, Unit};
 use ttt_parallel::threads::{on_mesh, on_threads};
 use ttt_parallel::{Layout, Mesh};
 use ttt_train::config::{Activations, OnBadGradient, OptimizerConfig, ScheduleKind};
 use ttt_train::evaluate::evaluate;
-use ttt_train::init::initial_values;
 use ttt_train::optimizer::{Updater, scalar};
-use ttt_train::step::{MicroBatch, Model, RopeCache};
-use ttt_train::units::UnitState;
+use ttt_train::step::MicroBatch;
 
+mod common;
 #[path = "../../data/tests/common/mod.rs"]
 mod text;
 
@@ -97,31 +96,6 @@ fn rows() -> Vec<Row> {
         }
     };
     starts.iter().enumerate().map(row).collect()
-}
-
-/// Values that let every path matter: the convolution does not start at zero.
-fn initial(spec: &ParamSpec) -> Result<Vec<f32>, Infallible> {
-    let dense = ParamSpec {
-        init: match spec.init {
-            Init::Ones => return Ok(vec![1.1; spec.len()]),
-            _ => Init::Normal(0.2),
-        },
-        ..spec.clone()
-    };
-    Ok(initial_values(&dense, 5))
-}
-
-fn model(config: &ModelConfig, settings: ContextSettings, mesh: &Mesh) -> Model {
-    let device = Device::flex();
-    let unit = |unit| UnitState::new(config, unit, mesh, &device, initial).expect("infallible");
-    Model {
-        config: config.clone(),
-        units: Unit::all(config).into_iter().map(unit).collect(),
-        compute: DType::F32,
-        device: device.clone(),
-        rope: RopeCache::default(),
-        context: settings,
-    }
 }
 
 /// This rank's rows, two at a time.

@@ -1,6 +1,6 @@
 //! The block-by-block step against one graph over the whole model.
 
-use std::convert::Infallible;
+mod common;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use ttt_data::{IGNORE, Row};
@@ -13,9 +13,9 @@ use ttt_model::{
 use ttt_parallel::threads::on_mesh;
 use ttt_parallel::{Layout, Mesh};
 use ttt_train::config::Activations;
-use ttt_train::init::initial_values;
-use ttt_train::step::{MicroBatch, Model, RopeCache};
-use ttt_train::units::UnitState;
+use ttt_train::step::{MicroBatch, Model};
+
+use common::model::model;
 
 const LENGTH: usize = 24;
 
@@ -65,29 +65,8 @@ fn rows() -> Vec<Row> {
         .collect()
 }
 
-/// Values that let every path matter: the convolution does not start at zero.
-fn values(spec: &ttt_model::ParamSpec) -> Result<Vec<f32>, Infallible> {
-    let dense = ttt_model::ParamSpec {
-        init: match spec.init {
-            ttt_model::Init::Ones => return Ok(vec![1.1; spec.len()]),
-            _ => ttt_model::Init::Normal(0.2),
-        },
-        ..spec.clone()
-    };
-    Ok(initial_values(&dense, 5))
-}
-
-fn model(config: &ModelConfig, device: &Device) -> Model {
-    let mesh = Mesh::single();
-    let unit = |unit| UnitState::new(config, unit, &mesh, device, values).expect("infallible");
-    Model {
-        config: config.clone(),
-        units: Unit::all(config).into_iter().map(unit).collect(),
-        compute: DType::F32,
-        device: device.clone(),
-        rope: RopeCache::default(),
-        context: ContextSettings::default(),
-    }
+fn alone(config: &ModelConfig) -> Model {
+    model(config, ContextSettings::default(), &Mesh::single())
 }
 
 /// Loss and flat gradients per unit, from one graph.
@@ -152,9 +131,9 @@ fn block_by_block_equals_one_graph() {
         let config = config(tied, target);
         let rows = rows();
         let scale = 0.03;
-        let (loss, expected) = whole_graph(&mut model(&config, &device), &rows, scale);
+        let (loss, expected) = whole_graph(&mut alone(&config), &rows, scale);
         for activations in [Activations::Keep, Activations::Recompute] {
-            let mut model = model(&config, &device);
+            let mut model = alone(&config);
             // Row by row: accumulated, the gradient is that of both.
             let mut sum = loss.zeros_like();
             for row in &rows {
@@ -249,15 +228,7 @@ fn train_on(
     use ttt_kernels::testing::values as elements;
     use ttt_train::optimizer::scalar;
     let device = Device::flex();
-    let unit = |unit| UnitState::new(config, unit, mesh, &device, values).expect("infallible");
-    let mut model = Model {
-        config: config.clone(),
-        units: Unit::all(config).into_iter().map(unit).collect(),
-        compute: DType::F32,
-        device: device.clone(),
-        rope: RopeCache::default(),
-        context: ContextSettings::default(),
-    };
+    let mut model = model(config, ContextSettings::default(), mesh);
     let mut updater = updater(vec![]);
     let all: Vec<Row> = (0..12)
         .map(|i| rows()[i % 2].clone())
@@ -309,7 +280,7 @@ fn learning_rates_by_name() {
     let config = config(false, Target::Embedding);
     let moved = |overrides: Vec<LrOverride>| {
         let mesh = Mesh::single();
-        let mut model = model(&config, &Device::flex());
+        let mut model = alone(&config);
         let before = model.units[1].master.clone();
         let mut updater = updater(overrides);
         let micro = MicroBatch::new(&rows(), &mesh, &model.device).expect("a batch");

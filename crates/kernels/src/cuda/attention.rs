@@ -142,7 +142,8 @@ impl Call {
     }
 
     /// Extents of the log-sum-exp.
-    pub fn statistics(&self, e: &Extents) -> [usize; 3] {
+    pub fn statistics(&self) -> [usize; 3] {
+        let e = &self.extents;
         match self.key.packed {
             true => [e.batch, e.tokens, e.heads],
             false => [e.batch, e.heads, e.tokens],
@@ -151,7 +152,8 @@ impl Call {
 
     /// What the backward pass needs beside its results: δ, dq in f32, and, in a packed batch with
     /// grouped heads, dv and dk of each query head before they are summed over the group.
-    pub fn scratch(&self, e: &Extents, like: &Buffer) -> Vec<Buffer> {
+    pub fn scratch(&self, like: &Buffer) -> Vec<Buffer> {
+        let e = &self.extents;
         let each = self.key.packed && e.heads != e.groups;
         let mut all = vec![
             like.empty([e.batch, e.heads, e.tokens], DType::F32),
@@ -302,7 +304,7 @@ pub fn forward(
     let e = Extents::dense(&q, &k);
     let call = Call::new(&e, spec, &q, false)?;
     let output = q.empty([e.batch, e.tokens, e.heads, e.size], DType::BF16);
-    let sums = q.empty(call.statistics(&e), DType::F32);
+    let sums = q.empty(call.statistics(), DType::F32);
     let mut reads = vec![&q, &k, &v];
     reads.extend(&call.documents);
     on_stream(&reads, &[&output, &sums], |cx, from, to| {
@@ -346,7 +348,7 @@ pub fn backward(
     }
     let dq = q.empty([e.batch, e.tokens, e.heads, e.size], DType::BF16);
     let [dk, dv] = [(); 2].map(|()| q.empty([e.batch, e.keys, e.groups, e.size], DType::BF16));
-    let scratch = call.scratch(&e, &q);
+    let scratch = call.scratch(&q);
     let mut reads = vec![&q, &k, &v, &output, &sums, &dy];
     reads.extend(&call.documents);
     let mut writes = vec![&dq, &dk, &dv];

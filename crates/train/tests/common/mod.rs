@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod model;
+
 use std::sync::Arc;
 
 use burn::tensor::Tensor;

@@ -1,4 +1,4 @@
-// SwiGLU, rotary embedding, casts. n8: vectors of eight elements; what is left is done singly.
+// SwiGLU, rotary embedding, sums. n8: vectors of eight elements; what is left is done singly.
 
 // The reciprocal is the hardware's, good to one unit in the last place; e^−x may be infinite.
 __device__ __forceinline__ float sigmoid(float x) {
@@ -108,36 +108,6 @@ extern "C" __global__ void rope(u16 *y, const u16 *x, const float *cosine, const
         store8(y + at, p);
         store8(y + at + half, q);
     }
-}
-
-// y = bf16(base + factor · x), base f32 or bf16 or absent, x f32.
-extern "C" __global__ void scaled_sum(u16 *y, const void *base, int base_kind, const float *x, float factor, u64 n8, u64 n) {
-    const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    for (u64 i = first; i < n8; i += stride) {
-        F8 r = load8(x + 8 * i);
-        F8 b = {};
-        if (base_kind) b = load8_as(base, 8 * i, base_kind == 2);
-#pragma unroll
-        for (int j = 0; j < 8; j++) r.v[j] = b.v[j] + factor * r.v[j];
-        store8(y + 8 * i, r);
-    }
-    for (u64 i = 8 * n8 + first; i < n; i += stride) {
-        const float b = base_kind == 2 ? ((const float *)base)[i] : base_kind == 1 ? widen(((const u16 *)base)[i]) : 0.f;
-        y[i] = narrow(b + factor * x[i]);
-    }
-}
-
-// y = a + b, bf16.
-extern "C" __global__ void add(u16 *y, const u16 *a, const u16 *b, u64 n8, u64 n) {
-    const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    for (u64 i = first; i < n8; i += stride) {
-        F8 p = load8(a + 8 * i);
-        const F8 q = load8(b + 8 * i);
-#pragma unroll
-        for (int j = 0; j < 8; j++) p.v[j] += q.v[j];
-        store8(y + 8 * i, p);
-    }
-    for (u64 i = 8 * n8 + first; i < n; i += stride) y[i] = narrow(widen(a[i]) + widen(b[i]));
 }
 
 // sum = x, or sum + x where `adds`; x f32 or bf16.

@@ -204,7 +204,7 @@ impl Function<8> for Attention {
         let qkv = i.x.empty([t, s], DType::BF16);
         let raw = self.qk_norm.then(|| i.x.empty([t, s], DType::BF16));
         let mixed = i.x.empty([t, i.mixed()], DType::BF16);
-        let sums = i.x.empty(call.statistics(&i.extents), DType::F32);
+        let sums = i.x.empty(call.statistics(), DType::F32);
         let mut reads = i.reads();
         reads.extend(&call.documents);
         let mut writes = vec![&n, &qkv, &mixed, &sums];
@@ -272,7 +272,7 @@ impl Function<8> for Attention {
         let partial = i.norm.partial(&i.x);
         let head_gains = i.x.empty([2, self.size], DType::F32);
         let head_partial = i.heads.partial(&i.x);
-        let scratch = call.scratch(&i.extents, &i.x);
+        let scratch = call.scratch(&i.x);
         on_stream(
             &[&dy, &i.o, &saved.mixed],
             &[&dmixed, &dwo],
