@@ -208,6 +208,43 @@ fn a_rank_that_hangs_ends_all_and_is_named() {
     without_a_rank(1, 2, "STOP", 6, "nothing was heard of it for 5 s");
 }
 
+/// A rank whose heartbeats go on while its main thread stands still says so itself; one at a task that it
+/// has declared does not.
+#[test]
+fn a_rank_that_does_not_move_ends_all_and_is_named() {
+    let sets = ["--set", "parallel.timeout_s=5"];
+    for layout in ["parallel.shard=2", "parallel.context=2"] {
+        let run = Run::new(100_000);
+        let args = [sets.as_slice(), &["--set", layout]].concat();
+        let mut launch = run.launch(2, &args);
+        let mut launcher = launch.env("TTT_REHEARSE", "hang:1:8").spawn().expect("run");
+        run.wait_until(6, &mut launcher);
+        let ranks = ranks_of(&launcher);
+        let output = end(launcher, &ranks, Instant::now());
+        assert_eq!(output.status.code(), Some(2));
+        let said = stderr(&output);
+        for says in [
+            "rank 1 hangs",
+            "has not moved for 5 s from: step 8",
+            "rank 0 at: ",
+        ] {
+            assert!(said.contains(says), "no \"{says}\" in: {said}");
+        }
+        assert!(!said.contains("rank 0 hangs"), "{said}");
+    }
+    let run = Run::new(12);
+    let mut launch = run.launch(2, &sets);
+    let output = launch.env("TTT_REHEARSE", "task:1:8:15").output();
+    let output = output.expect("run ttt");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(run.steps().len(), 12);
+    // What cannot be rehearsed is refused, so the two above were.
+    let mut launch = run.launch(2, &sets);
+    let output = launch.env("TTT_REHEARSE", "rest:1:8").output();
+    let said = stderr(&output.expect("run ttt"));
+    assert!(said.contains("expected hang:RANK:STEP"), "{said}");
+}
+
 /// What a user does wrong is one sentence, whichever rank notices.
 #[test]
 fn what_cannot_be_is_refused() {

@@ -3,6 +3,7 @@
 //! The training step speaks to a [`Mesh`] of [`ProcessGroup`]s only, also on one rank, so that
 //! more ranks change no line of it.
 
+mod activity;
 mod environment;
 mod group;
 mod host;
@@ -13,6 +14,7 @@ pub mod tcp;
 pub mod threads;
 mod votes;
 
+pub use activity::{Activity, Declared};
 pub use environment::Place;
 pub use group::{CommError, Pending, ProcessGroup, Receive, part_of};
 pub use mesh::{Layout, Mesh};

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Which exchange a letter belongs to, so that ranks that disagree hear of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,6 +171,16 @@ impl<P> Mailbox<P> {
             let waited = self.changed.wait(state);
             state = waited.unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Waits for `time` at most; whether this rank has closed or the run cannot go on.
+    pub fn over_within(&self, time: Duration) -> bool {
+        let over = |state: &mut State<P>| state.closed || state.failed.is_some();
+        let waited = self
+            .changed
+            .wait_timeout_while(self.lock(), time, |state| !over(state));
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        over(&mut state)
     }
 
     /// Why the run cannot go on, if so.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
+use crate::activity::Activity;
 use crate::group::{CommError, ProcessGroup};
 use crate::single::SingleRank;
 
@@ -140,6 +141,8 @@ pub struct Mesh {
     /// All that hold the same shard of the parameters: replicate × context. A gradient is summed
     /// over these.
     pub replicas: Arc<dyn ProcessGroup>,
+    /// What this rank's main thread says of itself.
+    pub activity: Activity,
 }
 
 impl Mesh {
@@ -152,6 +155,7 @@ impl Mesh {
             shard: single.clone(),
             context: single.clone(),
             replicas: single,
+            activity: Activity::default(),
         }
     }
 
@@ -187,6 +191,7 @@ impl Mesh {
             context,
             replicas,
             world,
+            activity: Activity::default(),
         })
     }
 

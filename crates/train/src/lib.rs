@@ -22,6 +22,7 @@ pub mod optimizer;
 pub mod plan;
 pub mod progress;
 pub mod ranks;
+mod rehearsal;
 mod report;
 pub mod run;
 pub mod schedule;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use burn::tensor::Device;
 use ttt_parallel::tcp::{Meeting, Tcp, Watch, connect};
-use ttt_parallel::{CommError, Mesh, Place, ProcessGroup, SingleRank, Votes};
+use ttt_parallel::{CommError, Declared, Mesh, Place, ProcessGroup, SingleRank, Votes};
 
 use crate::config::{Config, DeviceKind};
 use crate::device;
@@ -34,12 +34,14 @@ pub struct Ranks {
     votes: Votes,
     /// `None` on one rank.
     tcp: Option<Arc<Tcp>>,
+    /// Until the run goes at its pace: what comes before may take any time.
+    starting: Option<Declared>,
 }
 
 impl Ranks {
     /// Meets the others of `place`'s run, which have been started with the same `config`; `purpose`
     /// is what else must be equal. From then on a lost rank ends this process within a few seconds,
-    /// whatever it waits for.
+    /// whatever it waits for; and so does one that hangs, once [`Ranks::started`] was called.
     ///
     /// # Errors
     /// If the layout asked for is not one of so many ranks, or the others do not come.
@@ -53,22 +55,28 @@ impl Ranks {
                 host: Arc::new(SingleRank),
                 votes: Votes::new(Arc::new(SingleRank)),
                 tcp: None,
+                starting: None,
             });
         }
         let version = env!("CARGO_PKG_VERSION");
         let equal = format!("{version}\n{purpose}\n{}", config.to_toml()?);
         let deadline = Duration::from_secs(config.parallel.timeout_s);
         let (host, tcp) = meet_on_host(place, &equal, deadline)?;
+        let starting = tcp.activity().long("the start of the run");
+        tcp.watch_over()?;
         let join = || -> Result<Self, TrainError> {
             let (device, world) = join_on_devices(config.run.device, place, &host)?;
             let all = [(0..place.size).collect()];
+            let mut mesh = Mesh::new(world, layout)?;
+            mesh.activity = tcp.activity().clone();
             Ok(Self {
-                mesh: Mesh::new(world, layout)?,
+                mesh,
                 device,
                 // A group of its own: nothing else is exchanged in it.
                 votes: Votes::new(host.split(&all)?),
                 host: host.clone(),
                 tcp: Some(tcp.clone()),
+                starting: Some(starting),
             })
         };
         let joined = join();
@@ -83,9 +91,19 @@ impl Ranks {
         self.host.rank() == 0
     }
 
+    /// This rank's number.
+    pub fn rank(&self) -> usize {
+        self.host.rank()
+    }
+
     /// How many there are.
     pub fn count(&self) -> usize {
         self.host.size()
+    }
+
+    /// The run goes at its pace from now on: a rank that does not move is one that hangs.
+    pub fn started(&mut self) {
+        self.starting = None;
     }
 
     /// Returns once every rank has come, however long that takes.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
+use ttt_parallel::Activity;
 
 use crate::config::{DeviceKind, OnBadGradient};
 use crate::device::read_scalar;
@@ -37,7 +38,11 @@ pub(crate) struct Report {
     pub log_every: u64,
     pub begun: Instant,
     pub pace: Pace,
+    /// What this rank's main thread says of itself.
+    pub activity: Activity,
     pub waiting: Option<Launched>,
+    /// Steps whose results were read.
+    pub reads: u64,
 }
 
 /// How long steps take. The device works in order, so reading the results of one step waits for
@@ -89,6 +94,8 @@ impl Report {
     }
 
     fn read(&mut self, launched: Launched) -> Result<(), TrainError> {
+        let step = launched.step;
+        self.activity.at(format_args!("the results of step {step}"));
         let loss = read_scalar(&launched.loss)?;
         let grad_norm = read_scalar(&launched.update.grad_norm)?;
         let applied = read_scalar(&launched.update.applied)? != 0.0;
@@ -96,7 +103,13 @@ impl Report {
         for (layer, ratio) in &launched.state_ratios {
             ttt_state_ratio.insert(*layer, read_scalar(ratio)?);
         }
-        let tokens_per_s = launched.tokens_per_step as f64 / self.pace.read();
+        let seconds = self.pace.read();
+        let tokens_per_s = launched.tokens_per_step as f64 / seconds;
+        self.reads += 1;
+        if self.reads > 1 {
+            // The first has waited for what is compiled and tuned, which is no step's pace.
+            self.activity.step_took(seconds);
+        }
         let flops = &self.plan.flops;
         let share = |flops: f64| self.peak_flops.map(|peak| tokens_per_s * flops / peak);
         let metrics = StepMetrics {
@@ -116,6 +129,7 @@ impl Report {
         if let Some(lines) = &mut self.metrics
             && (launched.step.is_multiple_of(self.log_every) || !applied)
         {
+            let _files = self.activity.long("writing metrics");
             lines.step(&metrics)?;
         }
         self.progress.step(&metrics);

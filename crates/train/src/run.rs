@@ -24,6 +24,7 @@ use crate::optimizer::{Updater, scalar};
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::ranks::Ranks;
+use crate::rehearsal::Rehearsal;
 use crate::report::{Launched, Pace, Report};
 use crate::schedule::learning_rate;
 use crate::signals::Signals;
@@ -41,6 +42,10 @@ pub enum Resume {
     /// At step 0, in a folder without checkpoints.
     Never,
 }
+
+/// Steps whose results are read before a rank that does not move is one that hangs: the first compiles and
+/// tunes, the next ones tell what a step takes.
+const STEPS_OF_THE_START: u64 = 3;
 
 /// Trains the model that `config` describes until `train.steps`, or a signal, as the rank at `place`.
 ///
@@ -151,7 +156,9 @@ fn train_on(
         log_every: config.train.log_every,
         begun: Instant::now(),
         pace: Pace::new(),
+        activity: mesh.activity.clone(),
         waiting: None,
+        reads: 0,
     };
     if let Some(checkpoint) = &start {
         let path = checkpoint.path().display();
@@ -187,21 +194,27 @@ fn train_on(
         if saved.replace(at.step) == Some(at.step) {
             return Ok(checkpoint::path_of(run_dir, at.step));
         }
+        let _files = mesh.activity.long("saving a checkpoint");
         at.mean_grad_norm = read_scalar(&updater.mean_norm)? as f32;
         checkpoint::save(&recorded, &model.units, at, &tokenizer_files, &mesh)
     };
 
     // ---- steps ---------------------------------------------------------------------------------
     let mut loader = data.loader(at.step, &mesh)?;
+    let rehearsal = Rehearsal::from_environment()?;
     let steps = config.train.steps;
     let tokens_per_step = config.train.batch_tokens as u64;
     let nominal = 1.0 / config.train.batch_tokens as f64;
     while at.step < steps {
         let step = at.step;
+        mesh.activity.at(format_args!("step {step}"));
+        rehearsal.perform(ranks.rank(), step, &mesh.activity);
 
         // Forward and backward, a few rows at a time. The gradient is that of the loss summed over
         // all ranks' labelled tokens, scaled by a nominal token count until the true one is known.
+        let files = mesh.activity.long("reading rows");
         let rows = loader.next_batch()?.rows;
+        drop(files);
         let mut loss = scalar(0.0, &device);
         let mut labelled = 0;
         let mut state_ratios: BTreeMap<usize, Tensor<1>> = BTreeMap::new();
@@ -228,6 +241,7 @@ fn train_on(
         }
 
         // Update.
+        mesh.activity.at(format_args!("the update of step {step}"));
         let labelled = mesh.all_reduce_sum(scalar(labelled as f64 * nominal, &device))?;
         let normalizer = labelled.recip();
         let loss = mesh.all_reduce_sum(loss)? * normalizer.clone();
@@ -246,6 +260,9 @@ fn train_on(
             update,
             state_ratios,
         })?;
+        if report.reads >= STEPS_OF_THE_START {
+            ranks.started();
+        }
 
         // Evaluate and save.
         let last = at.step == steps;
@@ -253,6 +270,7 @@ fn train_on(
             && (last || at.step.is_multiple_of(config.eval.every))
         {
             report.flush()?;
+            let _evaluation = mesh.activity.long("an evaluation");
             let length = config.train.sequence_length;
             let (rows, at_once) = (config.eval.rows, config.train.micro_batch_rows);
             let result = evaluate(&mut model, validation, length, rows, at_once, &mesh)?;
@@ -270,6 +288,7 @@ fn train_on(
 
     // ---- a sample -------------------------------------------------------------------------------
     if let Some(prompt) = &config.eval.sample_prompt {
+        let _sample = mesh.activity.long("a sample");
         let mut units = vec![];
         for unit in Unit::all(&config.model) {
             // All ranks gather it, one needs it whole.

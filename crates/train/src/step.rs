@@ -197,6 +197,8 @@ impl Model {
         let mut kept = vec![];
         let mut state_ratios = vec![];
         for layer in layers.clone() {
+            mesh.activity
+                .at(format_args!("the forward of block {layer}"));
             let params = self.params(Unit::Block(layer), mesh)?;
             self.prefetch_after(layer, mesh)?;
             if layer + 1 == config.num_hidden_layers && config.tie_word_embeddings {
@@ -227,6 +229,8 @@ impl Model {
 
         let mut dembeddings: Option<Tensor<3>> = None;
         for layer in layers.rev() {
+            mesh.activity
+                .at(format_args!("the backward of block {layer}"));
             let graph = match kept.pop().expect("one entry per block") {
                 Kept::Graph(graph) => *graph,
                 Kept::Input(x) => {

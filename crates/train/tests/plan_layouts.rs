@@ -139,6 +139,7 @@ fn ranks_send_what_the_plan_says() {
                 let watched = Mesh {
                     world: counts.watch(Among::World, mesh.world.clone()),
                     replicate: counts.watch(Among::Replicas, mesh.replicate.clone()),
+                    activity: mesh.activity.clone(),
                     shard: counts.watch(Among::Shard, mesh.shard.clone()),
                     context: counts.watch(Among::Context, mesh.context.clone()),
                     replicas: counts.watch(Among::Replicas, mesh.replicas.clone()),

@@ -17,7 +17,7 @@ use crate::mailbox::{Operation, Tag};
 pub const HEADER_BYTES: usize = 40;
 /// The longest frame: no unit of a model comes near.
 pub const MAX_BYTES: u64 = 1 << 37;
-/// The longest frame of [`Kind::Hello`], [`Kind::Welcome`], [`Kind::Refused`], [`Kind::Failed`].
+/// The longest frame of text.
 pub const MAX_TEXT_BYTES: u64 = 1 << 20;
 /// Memory is taken in pieces of this size.
 const PIECE: usize = 1 << 20;
@@ -29,7 +29,7 @@ const MAGIC: [u8; 4] = *b"TTTf";
 pub enum Kind {
     /// A tensor of an exchange.
     Tensor,
-    /// The sender lives.
+    /// The sender lives, and what it does.
     Heartbeat,
     /// The sender ends in order and sends nothing more.
     Bye,
@@ -182,7 +182,7 @@ impl Header {
         }
         let longest = match kind {
             Kind::Tensor => MAX_BYTES,
-            Kind::Heartbeat | Kind::Bye => 0,
+            Kind::Bye => 0,
             _ => MAX_TEXT_BYTES,
         };
         if header.bytes > longest {

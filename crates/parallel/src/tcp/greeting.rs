@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::frame::{Header, Kind, read_frame, write_frame};
 
 /// Changes with what ranks say to each other, so that two versions do not misunderstand.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// How long a greeting may take once connected.
 pub const GREETING: Duration = Duration::from_secs(5);
 

@@ -8,11 +8,12 @@
 //!
 //! Each end hears a heartbeat several times per deadline. A rank that is silent for the deadline, or
 //! whose connection closes without a goodbye, is lost: every exchange of the run fails from then on,
-//! with its name. A rank that fails says why before it goes. What cannot be seen from here is a rank
-//! whose program hangs while its threads still beat.
+//! with its name. A rank that fails says why before it goes, and so does one that finds itself hanging
+//! while its threads still beat (`hang.rs`).
 
 pub mod frame;
 mod greeting;
+mod hang;
 mod rendezvous;
 #[cfg(test)]
 mod tests;
@@ -28,10 +29,12 @@ use std::time::Duration;
 
 use burn::tensor::{Device, Tensor};
 
+use crate::activity::Activity;
 use crate::group::CommError;
 use crate::host::{HostGroup, Transport};
 use crate::mailbox::{Mailbox, Operation, Tag};
 use frame::{Header, Kind, WireType, read_frame, write_frame};
+use hang::{Heard, Said, Watched, hear, last_words, went_on};
 
 pub use rendezvous::Meeting;
 
@@ -46,10 +49,22 @@ pub type TcpGroup = HostGroup<Tcp>;
 pub struct Tcp {
     rank: usize,
     size: usize,
-    mailbox: Arc<Mailbox<(WireType, Vec<u8>)>>,
+    shared: Shared,
     /// By rank; none to itself.
     peers: Vec<Option<Peer>>,
     next_group: AtomicU32,
+}
+
+/// What has come from other ranks.
+type Received = Mailbox<(WireType, Vec<u8>)>;
+
+/// What the threads of all connections share.
+#[derive(Clone, Debug)]
+struct Shared {
+    deadline: Duration,
+    mailbox: Arc<Received>,
+    activity: Activity,
+    heard: Arc<Heard>,
 }
 
 /// A connection's sending side.
@@ -76,13 +91,18 @@ enum Letter {
 /// If they do not come, or have come for another run.
 pub fn connect(meeting: &Meeting) -> Result<TcpGroup, CommError> {
     let connections = meeting.meet().map_err(CommError::Start)?;
-    let mailbox = Arc::new(Mailbox::default());
+    let shared = Shared {
+        deadline: meeting.deadline,
+        mailbox: Arc::default(),
+        activity: Activity::default(),
+        heard: Arc::new(Mutex::new(vec![None; meeting.size])),
+    };
     let mut peers = vec![];
     for (rank, connection) in connections.into_iter().enumerate() {
         peers.push(match connection {
             None => None,
             Some(stream) => {
-                let peer = Peer::start(rank, stream, meeting.deadline, &mailbox);
+                let peer = Peer::start(rank, stream, &shared);
                 Some(peer.map_err(|error| {
                     CommError::Start(format!("cannot talk to rank {rank}: {error}"))
                 })?)
@@ -93,33 +113,31 @@ pub fn connect(meeting: &Meeting) -> Result<TcpGroup, CommError> {
     Ok(HostGroup::world(Arc::new(Tcp {
         rank,
         size,
-        mailbox,
+        shared,
         peers,
         next_group: AtomicU32::new(0),
     })))
 }
 
 impl Peer {
-    fn start(
-        rank: usize,
-        stream: TcpStream,
-        deadline: Duration,
-        mailbox: &Arc<Mailbox<(WireType, Vec<u8>)>>,
-    ) -> io::Result<Self> {
+    fn start(rank: usize, stream: TcpStream, shared: &Shared) -> io::Result<Self> {
+        let deadline = shared.deadline;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(deadline))?;
         stream.set_write_timeout(Some(deadline))?;
         let (queue, letters) = channel();
-        let (reading, to_read) = (stream.try_clone()?, mailbox.clone());
+        let (reading, to_read) = (stream.try_clone()?, shared.clone());
         std::thread::Builder::new()
             .name(format!("from rank {rank}"))
-            .spawn(move || read_all(rank, reading, deadline, &to_read))?;
-        let mailbox = mailbox.clone();
+            .spawn(move || read_all(rank, reading, &to_read))?;
+        let shared = shared.clone();
         let writer = std::thread::Builder::new()
             .name(format!("to rank {rank}"))
             .spawn(move || {
-                if let Err(error) = write_all(stream, &letters, deadline / BEATS) {
-                    mailbox.fail(lost(rank, &write_reason(&error, deadline)));
+                let said = || Said::of(&shared.activity.look()).encode();
+                if let Err(error) = write_all(stream, &letters, deadline / BEATS, said) {
+                    let reason = write_reason(&error, deadline);
+                    shared.mailbox.fail(shared.lost(rank, &reason));
                 }
             })?;
         let writer = Mutex::new(Some(writer));
@@ -127,9 +145,12 @@ impl Peer {
     }
 }
 
-/// How everybody hears of a lost rank.
-fn lost(rank: usize, reason: &str) -> String {
-    format!("rank {rank} is lost: {reason}")
+impl Shared {
+    /// How everybody hears of a lost rank.
+    fn lost(&self, rank: usize, reason: &str) -> String {
+        let last = last_words(&self.heard, rank);
+        format!("rank {rank} is lost: {reason}{last}")
+    }
 }
 
 fn write_reason(error: &io::Error, deadline: Duration) -> String {
@@ -144,11 +165,17 @@ fn write_reason(error: &io::Error, deadline: Duration) -> String {
     }
 }
 
-/// Writes what is queued, and a heartbeat where nothing was for `beat`.
-fn write_all(mut stream: TcpStream, letters: &Receiver<Letter>, beat: Duration) -> io::Result<()> {
+/// Writes what is queued, and a heartbeat with what this rank has to say where nothing was for `beat`.
+fn write_all(
+    mut stream: TcpStream,
+    letters: &Receiver<Letter>,
+    beat: Duration,
+    said: impl Fn() -> Vec<u8>,
+) -> io::Result<()> {
     let mut sequence = 1; // frame 0 was the rendezvous's
     loop {
         let letter = letters.recv_timeout(beat);
+        let words;
         let (header, bytes) = match &letter {
             Ok(Letter::Tensor { tag, dtype, bytes }) => {
                 let header = Header {
@@ -165,7 +192,9 @@ fn write_all(mut stream: TcpStream, letters: &Receiver<Letter>, beat: Duration) 
                 (header, reason.as_bytes())
             }
             Err(RecvTimeoutError::Timeout) => {
-                (Header::plain(Kind::Heartbeat, sequence, 0), [].as_slice())
+                words = said();
+                let header = Header::plain(Kind::Heartbeat, sequence, words.len());
+                (header, words.as_slice())
             }
             Ok(Letter::Bye) | Err(RecvTimeoutError::Disconnected) => {
                 let header = Header::plain(Kind::Bye, sequence, 0);
@@ -184,34 +213,35 @@ fn write_all(mut stream: TcpStream, letters: &Receiver<Letter>, beat: Duration) 
 }
 
 /// Puts what arrives into the mailbox, until the other side ends.
-fn read_all(
-    rank: usize,
-    mut stream: TcpStream,
-    deadline: Duration,
-    mailbox: &Mailbox<(WireType, Vec<u8>)>,
-) {
+fn read_all(rank: usize, mut stream: TcpStream, shared: &Shared) {
+    let mailbox = &shared.mailbox;
     let mut sequence = 1;
     loop {
         match read_frame(&mut stream, sequence) {
             Ok((header, bytes)) => match header.kind {
                 Kind::Tensor => {
                     let letter = (header.dtype, bytes);
+                    went_on(&shared.heard, rank);
                     mailbox.put(rank, header.tag, letter);
                 }
-                Kind::Heartbeat => {}
-                Kind::Bye => return mailbox.end(rank, format!("rank {rank} has ended")),
+                Kind::Heartbeat => hear(&shared.heard, rank, Said::decode(&bytes)),
+                Kind::Bye => {
+                    hear(&shared.heard, rank, None);
+                    return mailbox.end(rank, format!("rank {rank} has ended"));
+                }
                 Kind::Failed => {
                     return mailbox.fail(String::from_utf8_lossy(&bytes).into_owned());
                 }
                 Kind::Hello | Kind::Welcome | Kind::Refused => {
-                    return mailbox.fail(lost(rank, "it sent a greeting amid the run"));
+                    return mailbox.fail(shared.lost(rank, "it sent a greeting amid the run"));
                 }
             },
             Err(frame::FrameError::Silent) => {
-                let reason = format!("nothing was heard of it for {} s", deadline.as_secs_f32());
-                return mailbox.fail(lost(rank, &reason));
+                let seconds = shared.deadline.as_secs_f32();
+                let reason = format!("nothing was heard of it for {seconds} s");
+                return mailbox.fail(shared.lost(rank, &reason));
             }
-            Err(error) => return mailbox.fail(lost(rank, &error.to_string())),
+            Err(error) => return mailbox.fail(shared.lost(rank, &error.to_string())),
         }
         sequence += 1;
     }
@@ -219,7 +249,7 @@ fn read_all(
 
 /// Hears of a failure while the program may be waiting for something else.
 #[derive(Debug)]
-pub struct Watch(Arc<Mailbox<(WireType, Vec<u8>)>>);
+pub struct Watch(Arc<Received>);
 
 impl Watch {
     /// Waits until the run cannot go on, and tells why; `None` once this rank has ended in order.
@@ -231,12 +261,42 @@ impl Watch {
 impl Tcp {
     /// Why the run cannot go on, if so.
     pub fn failure(&self) -> Option<String> {
-        self.mailbox.failure()
+        self.shared.mailbox.failure()
     }
 
     /// What waits for a failure beside the program.
     pub fn watch(&self) -> Watch {
-        Watch(self.mailbox.clone())
+        Watch(self.shared.mailbox.clone())
+    }
+
+    /// What this rank's main thread says of itself; the others hear it.
+    pub fn activity(&self) -> &Activity {
+        &self.shared.activity
+    }
+
+    /// From now on this rank says that it hangs, to all, when its main thread does not move.
+    ///
+    /// # Errors
+    /// If there can be no thread that looks.
+    pub fn watch_over(&self) -> Result<(), CommError> {
+        let watched = Watched {
+            rank: self.rank,
+            activity: self.shared.activity.clone(),
+            mailbox: self.shared.mailbox.clone(),
+            heard: self.shared.heard.clone(),
+            queues: self
+                .peers
+                .iter()
+                .flatten()
+                .map(|p| p.queue.clone())
+                .collect(),
+        };
+        let deadline = self.shared.deadline;
+        let started = std::thread::Builder::new()
+            .name("watch".into())
+            .spawn(move || watched.watch(deadline));
+        let failed = |error| CommError::Start(format!("cannot start a thread: {error}"));
+        started.map(drop).map_err(failed)
     }
 
     /// Tells all others that this rank ends because of `reason`. Where another's failure is the
@@ -248,7 +308,7 @@ impl Tcp {
         };
         self.part(|| Letter::Failed(reason.chars().take(4096).collect()));
         // Whatever of this process still waits ends too.
-        self.mailbox.fail(reason);
+        self.shared.mailbox.fail(reason);
     }
 
     /// Sends everyone a last letter and waits until it is on its way.
@@ -272,7 +332,7 @@ impl Drop for Tcp {
             // The panic's own words are on this rank's stderr.
             return self.fail("it panicked");
         }
-        self.mailbox.close();
+        self.shared.mailbox.close();
         self.part(|| Letter::Bye);
     }
 }
@@ -303,7 +363,7 @@ impl Transport for Tcp {
             match &self.peers[to] {
                 None => {
                     let letter = (dtype, bytes.to_vec());
-                    self.mailbox.put(to, tag, letter);
+                    self.shared.mailbox.put(to, tag, letter);
                 }
                 Some(peer) => {
                     let letter = Letter::Tensor {
@@ -325,7 +385,9 @@ impl Transport for Tcp {
         tag: Tag,
         device: &Device,
     ) -> Result<(Operation, Tensor<1>), String> {
-        let (operation, (dtype, bytes)) = self.mailbox.take(from, tag)?;
+        let waits = self.shared.activity.wait();
+        let (operation, (dtype, bytes)) = self.shared.mailbox.take(from, tag)?;
+        drop(waits);
         Ok((operation, wire::from_bytes(dtype, &bytes, device)))
     }
 }

@@ -27,7 +27,8 @@ pub struct ParallelConfig {
     pub context_payload: Payload,
     /// What travels for attention without a window.
     pub context_attention: AttentionExchange,
-    /// Seconds of silence after which a rank is given up and all others end.
+    /// Seconds of silence, or without a move where one is due (at least four times the slowest step so far),
+    /// after which a rank is given up and all others end.
     pub timeout_s: u64,
 }
 

@@ -1,0 +1,110 @@
+//! What ranks do when one of them hangs, rehearsed: for tests of the launcher and of clusters.
+//!
+//! [`VARIABLE`] makes the main thread of one rank stop moving before one step, the same on every rank's
+//! environment: `hang:RANK:STEP` for ever, `task:RANK:STEP:SECONDS` in a declared long task, so long.
+
+use std::time::Duration;
+
+use ttt_parallel::{Activity, CommError};
+
+/// The environment variable.
+pub const VARIABLE: &str = "TTT_REHEARSE";
+
+/// What is rehearsed; nothing, as a rule.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rehearsal(Option<Scene>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Scene {
+    rank: usize,
+    step: u64,
+    /// Of a declared task; `None` hangs.
+    seconds: Option<u64>,
+}
+
+impl Rehearsal {
+    /// What the process's environment asks for.
+    ///
+    /// # Errors
+    /// If it cannot be understood.
+    pub fn from_environment() -> Result<Self, CommError> {
+        let text = std::env::var(VARIABLE).unwrap_or_default();
+        Self::parse(&text)
+    }
+
+    fn parse(text: &str) -> Result<Self, CommError> {
+        if text.is_empty() {
+            return Ok(Self(None));
+        }
+        let scene = || {
+            let mut parts = text.split(':');
+            let kind = parts.next()?;
+            let mut number = || parts.next()?.parse::<u64>().ok();
+            let (rank, step) = (usize::try_from(number()?).ok()?, number()?);
+            let seconds = match kind {
+                "hang" => None,
+                "task" => Some(number()?),
+                _ => return None,
+            };
+            parts.next().is_none().then_some(Scene {
+                rank,
+                step,
+                seconds,
+            })
+        };
+        match scene() {
+            Some(scene) => Ok(Self(Some(scene))),
+            None => Err(CommError::Start(format!(
+                "{VARIABLE} is \"{text}\": expected hang:RANK:STEP or task:RANK:STEP:SECONDS, or unset it"
+            ))),
+        }
+    }
+
+    /// Plays the scene if this is its rank and step.
+    pub fn perform(&self, rank: usize, step: u64, activity: &Activity) {
+        let Some(scene) = &self.0 else { return };
+        if (scene.rank, scene.step) != (rank, step) {
+            return;
+        }
+        match scene.seconds {
+            Some(seconds) => {
+                let _task = activity.long("a rehearsed task");
+                std::thread::sleep(Duration::from_secs(seconds));
+            }
+            None => loop {
+                std::thread::park();
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scenes() {
+        let parse = |text| Rehearsal::parse(text);
+        assert_eq!(parse("").expect("nothing"), Rehearsal(None));
+        let scene = |seconds| {
+            Rehearsal(Some(Scene {
+                rank: 1,
+                step: 7,
+                seconds,
+            }))
+        };
+        assert_eq!(parse("hang:1:7").expect("a scene"), scene(None));
+        assert_eq!(parse("task:1:7:12").expect("a scene"), scene(Some(12)));
+        for wrong in [
+            "hang",
+            "hang:1",
+            "hang:1:7:2",
+            "task:1:7",
+            "stop:1:7",
+            "hang:-1:7",
+        ] {
+            let error = parse(wrong).expect_err(wrong).to_string();
+            assert!(error.contains("expected hang:RANK:STEP"), "{error}");
+        }
+    }
+}
