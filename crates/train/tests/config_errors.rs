@@ -404,6 +404,51 @@ fn impossible_combinations_are_refused_with_a_remedy() {
     );
 }
 
+/// A choice that would change nothing is a mistake; the same choice where it counts is none.
+#[test]
+fn settings_of_ranks_without_effect_are_refused() {
+    let (two, window) = ("parallel.context=2", "model.sliding_window=16");
+    let off = "model.ttt.enabled=false";
+    for (set, refused, says) in [
+        (
+            "parallel.context_states=chain",
+            vec![],
+            "or set parallel.context",
+        ),
+        (
+            "parallel.context_payload=bf16",
+            vec![],
+            "or set parallel.context",
+        ),
+        (
+            "parallel.context_attention=keys",
+            vec![],
+            "or set parallel.context",
+        ),
+        (
+            "parallel.context_states=chain",
+            vec![two, off],
+            "no TTT layer",
+        ),
+        (
+            "parallel.context_payload=bf16",
+            vec![two, off],
+            "no TTT layer",
+        ),
+        (
+            "parallel.context_attention=keys",
+            vec![two, window],
+            "every layer has a window",
+        ),
+    ] {
+        let error = parse(GOOD, &[[set].as_slice(), &refused].concat());
+        let error = error.expect_err(set).to_string();
+        let (key, _) = set.split_once('=').expect("a value");
+        assert!(error.contains(key) && error.contains(says), "{error}");
+        parse(GOOD, &[set, two]).expect("it counts");
+    }
+}
+
 #[test]
 fn what_goes_together_is_placed_where_it_was_given() {
     // The line of the key at fault, though an override made it wrong.

@@ -244,6 +244,32 @@ fn parallel() -> impl Strategy<Value = ParallelConfig> {
     })
 }
 
+/// The same with two ranks to a row where these divide it, and without what would change nothing.
+fn with_effect(
+    mut parallel: ParallelConfig,
+    model: &ModelConfig,
+    train: &TrainConfig,
+) -> ParallelConfig {
+    use ttt_kernels::context::AttentionExchange;
+    let default = ParallelConfig::default();
+    let learns = !model.ttt_layers().is_empty();
+    let chunk = if learns { model.ttt.chunk } else { 1 };
+    if train.sequence_length.is_multiple_of(2 * chunk) {
+        parallel.context = 2;
+    }
+    if parallel.context == 1 || !learns {
+        parallel.context_states = default.context_states;
+        parallel.context_payload = default.context_payload;
+    }
+    let full = (0..model.num_hidden_layers).any(|layer| model.window(layer).is_none());
+    let divide = model.kv_heads().is_multiple_of(2);
+    let heads = parallel.context_attention == AttentionExchange::Heads;
+    if parallel.context == 1 || !full || (heads && !divide) {
+        parallel.context_attention = default.context_attention;
+    }
+    parallel
+}
+
 prop_compose! {
     fn config()(
         model in model(), data in data(), train in train(), optimizer in optimizer(),
@@ -253,6 +279,7 @@ prop_compose! {
         init in option::of(("\\PC{1,12}", option::of("\\PC{1,12}"))),
         parallel in parallel(),
     ) -> Config {
+        let parallel = with_effect(parallel, &model, &train);
         Config {
             run: RunConfig { dir: dir.into(), device: if cuda { DeviceKind::Cuda } else { DeviceKind::Cpu }, seed },
             init: init.map(|(from, revision)| InitConfig { from, revision }),

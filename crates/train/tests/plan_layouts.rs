@@ -29,8 +29,25 @@ fn tiny(sets: &[&str]) -> Config {
         intermediate_size = 24\nnum_hidden_layers = 3\nnum_attention_heads = 4\n\
         num_key_value_heads = 2\nhead_dim = 8\n\
         [model.ttt]\nenabled = true\nlayers = [0, 2]\nchunk = 4\n";
+    // What ranks of a row exchange is refused without such ranks; here the layout comes later.
+    let (parallel, sets): (Vec<&str>, Vec<&str>) =
+        sets.iter().partition(|set| set.starts_with("parallel."));
     let sets: Vec<String> = sets.iter().map(ToString::to_string).collect();
-    Config::parse(text, "test".as_ref(), &sets).expect("a configuration")
+    let mut config = Config::parse(text, "test".as_ref(), &sets).expect("a configuration");
+    let of_parallel = parallel.iter().map(|set| {
+        let (key, value) = set["parallel.".len()..].split_once('=').expect("a value");
+        format!(
+            "{key} = {}",
+            if value.parse::<f64>().is_ok() {
+                value.into()
+            } else {
+                format!("\"{value}\"")
+            }
+        )
+    });
+    let of_parallel: Vec<String> = of_parallel.collect();
+    config.parallel = toml::from_str(&of_parallel.join("\n")).expect("settings of [parallel]");
+    config
 }
 
 /// Bytes that groups of each kind were asked to send.

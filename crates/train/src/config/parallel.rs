@@ -88,6 +88,7 @@ pub(super) fn validate(config: &Config) -> Checked {
         refuse("parallel.timeout_s", sentence)?;
     }
     rows(config, parallel.replicate.unwrap_or(1) * parallel.shard)?;
+    without_effect(config)?;
     let (length, settings) = (config.train.sequence_length, parallel.context_settings());
     let shared = context::validate(&config.model, length, parallel.context, &settings);
     shared.map_err(|error| match error {
@@ -100,6 +101,45 @@ pub(super) fn validate(config: &Config) -> Checked {
             sentence: other.to_string(),
         },
     })
+}
+
+/// Refuses what was chosen and changes nothing.
+fn without_effect(config: &Config) -> Checked {
+    let (chosen, model) = (&config.parallel, &config.model);
+    let default = ParallelConfig::default();
+    let full = (0..model.num_hidden_layers).any(|layer| model.window(layer).is_none());
+    let learns = !model.ttt_layers().is_empty();
+    let states = (learns, "there is no TTT layer whose fast weights would");
+    let attention = (full, "every layer has a window, so that no attention");
+    let choices = [
+        (
+            "context_states",
+            chosen.context_states != default.context_states,
+            states,
+        ),
+        (
+            "context_payload",
+            chosen.context_payload != default.context_payload,
+            states,
+        ),
+        (
+            "context_attention",
+            chosen.context_attention != default.context_attention,
+            attention,
+        ),
+    ];
+    for (key, is_chosen, (used, unused)) in choices {
+        let key = format!("parallel.{key}");
+        if is_chosen && chosen.context == 1 {
+            let sentence =
+                "only ranks that share rows use it: leave it out, or set parallel.context";
+            refuse(&key, sentence)?;
+        }
+        if is_chosen && !used {
+            refuse(key, format!("{unused} use it: leave it out"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Refuses rows that `ranks` ranks do not read in equal shares.
