@@ -90,7 +90,7 @@ struct Case {
 const CASES: [Case; 6] = [
     Case {
         name: "all_reduce",
-        exchange: |group, given| group.all_reduce_sum(given.part),
+        exchange: |group, given| group.start_all_reduce_sum(given.part)?.wait(),
         expected: |ranks, _, _, i| sum(ranks, i),
         sent: |size| 2.0 * (size - 1.0) / size,
     },

@@ -158,7 +158,15 @@ pub trait ProcessGroup: Debug + Send + Sync {
     /// If a rank is lost, or the lists are not as described.
     fn split(&self, parts: &[Vec<usize>]) -> Result<Arc<dyn ProcessGroup>, CommError>;
 
-    /// [`all_gather`](Self::all_gather), begun; other work may come before the wait.
+    /// [`all_reduce_sum`](Self::all_reduce_sum), begun; other work may come before the wait.
+    ///
+    /// # Errors
+    /// If a rank is lost.
+    fn start_all_reduce_sum(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
+        self.all_reduce_sum(tensor).map(Pending::done)
+    }
+
+    /// [`all_gather`](Self::all_gather), begun.
     ///
     /// # Errors
     /// If a rank is lost.

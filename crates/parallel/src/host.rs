@@ -249,20 +249,28 @@ impl<T: Transport> ProcessGroup for HostGroup<T> {
     }
 
     fn all_reduce_sum(&self, tensor: Tensor<1>) -> Result<Tensor<1>, CommError> {
+        self.start_all_reduce_sum(tensor)?.wait()
+    }
+
+    /// Begun, the parts travel; the sums of large tensors only once they are waited for.
+    fn start_all_reduce_sum(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
         let (len, size) = (tensor.dims()[0], self.size());
-        let operation = Operation::AllReduce;
+        let tag = self.next(Operation::AllReduce);
         if len <= SMALL.max(size) {
-            return Ok(sum(self.gather(operation, tensor)?));
+            self.send_all(tag, tensor.clone())?;
+            return Ok(self.later(tag, tensor, sum));
         }
         // Each rank sums its part, then all get all parts; parts differ by one element at most.
-        let tag = self.next(operation);
-        let range = |i: usize| i * len / size..(i + 1) * len / size;
+        let range = move |i: usize| i * len / size..(i + 1) * len / size;
         let parts = (0..size).map(|i| tensor.clone().slice([range(i)]));
         let own = self.deal(tag, parts.collect())?;
-        let own = sum(self.collect(tag, own, |_| range(self.place).len())?);
-        self.send_all(tag, own.clone())?;
-        let whole = self.collect(tag, own, |from| range(from).len())?;
-        Ok(Tensor::cat(whole, 0))
+        let this = self.clone();
+        Ok(Pending::new(move || {
+            let own = sum(this.collect(tag, own, |_| range(this.place).len())?);
+            this.send_all(tag, own.clone())?;
+            let whole = this.collect(tag, own, |from| range(from).len())?;
+            Ok(Tensor::cat(whole, 0))
+        }))
     }
 
     fn all_gather(&self, shard: Tensor<1>) -> Result<Tensor<1>, CommError> {

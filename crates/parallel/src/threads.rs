@@ -175,6 +175,10 @@ impl ProcessGroup for ThreadRank {
         self.0.split(parts)
     }
 
+    fn start_all_reduce_sum(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
+        self.0.start_all_reduce_sum(tensor)
+    }
+
     fn start_all_gather(&self, shard: Tensor<1>) -> Result<Pending, CommError> {
         self.0.start_all_gather(shard)
     }

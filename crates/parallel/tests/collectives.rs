@@ -7,7 +7,7 @@ use std::time::Duration;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use ttt_parallel::tcp::{Meeting, TcpGroup, connect};
 use ttt_parallel::threads::{on_mesh, on_threads};
-use ttt_parallel::{CommError, Layout, ProcessGroup, Receive, SingleRank};
+use ttt_parallel::{CommError, Layout, Pending, ProcessGroup, Receive, SingleRank};
 
 const ROUNDS: usize = 20;
 
@@ -46,7 +46,11 @@ fn check_round(group: &dyn ProcessGroup, ranks: &[usize], round: usize, n: usize
     };
 
     let sums: Vec<f32> = (0..n).map(total).collect();
-    check("all_reduce", group.all_reduce_sum(own(n)), sums);
+    check(
+        "all_reduce",
+        group.start_all_reduce_sum(own(n)).and_then(Pending::wait),
+        sums,
+    );
 
     let gathered: Vec<f32> = (0..size)
         .flat_map(|r| (0..n).map(move |i| of(r, i)))

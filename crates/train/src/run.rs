@@ -218,7 +218,9 @@ fn train_on(
         let mut loss = scalar(0.0, &device);
         let mut labelled = 0;
         let mut state_ratios: BTreeMap<usize, Tensor<1>> = BTreeMap::new();
-        for rows in rows.chunks(config.train.micro_batch_rows) {
+        let micro_batches = rows.chunks(config.train.micro_batch_rows);
+        let last = micro_batches.len() - 1;
+        for (number, rows) in micro_batches.enumerate() {
             if let Some(signal) = ranks.agree_on(signals.received())? {
                 // The gradient in progress is dropped: the checkpoint is the state before this step.
                 report.flush()?;
@@ -229,7 +231,7 @@ fn train_on(
                 report.progress.finish();
                 return Ok(());
             }
-            let micro = MicroBatch::new(rows, &mesh, &device)?;
+            let micro = MicroBatch::new(rows, &mesh, &device)?.last(number == last);
             let pass = model.accumulate(&micro, nominal, config.train.activations, &mesh)?;
             loss = loss + pass.loss;
             labelled += micro.labelled;

@@ -52,6 +52,8 @@ pub struct MicroBatch {
     packing: Packing,
     /// Tokens here that have a label.
     pub labelled: usize,
+    /// Whether no other follows in its step.
+    last: bool,
 }
 
 impl MicroBatch {
@@ -83,7 +85,14 @@ impl MicroBatch {
                 true => whole,
                 false => whole.part(part),
             },
+            last: false,
         })
+    }
+
+    /// The last of its step: the gradients may be summed over all ranks as they come, while others are
+    /// computed. Without it that waits for the update.
+    pub fn last(self, last: bool) -> Self {
+        Self { last, ..self }
     }
 }
 
@@ -161,16 +170,20 @@ impl Model {
         self.prefetch(Unit::Head, mesh)
     }
 
-    /// Adds gradients to a unit. Those of the unit before have travelled meanwhile: with them settled,
-    /// no more than one unit's are on their way.
+    /// Adds gradients to a unit, the `last` of the step or not. Those of the units before have travelled
+    /// meanwhile: with them settled, one unit's at most are on their way to their shards, and another's
+    /// between replicas.
     fn add_gradients(
         &mut self,
         unit: Unit,
         gradients: Vec<Option<Tensor<1>>>,
+        last: bool,
         mesh: &Mesh,
     ) -> Result<(), CommError> {
-        self.units.iter_mut().try_for_each(UnitState::settle)?;
-        self.unit(unit).add_gradients(gradients, mesh)
+        // Backwards, as they come: what began first ends before the next begins.
+        let mut units = self.units.iter_mut().rev();
+        units.try_for_each(|unit| unit.settle(mesh))?;
+        self.unit(unit).add_gradients(gradients, last, mesh)
     }
 
     /// Adds the gradient of `scale` · summed loss to the units, and returns that loss.
@@ -244,7 +257,7 @@ impl Model {
             let mut gradients = backward_from(graph.output, dx);
             context::check(&batch)?;
             let own = graph.params.gradients(&mut gradients);
-            self.add_gradients(Unit::Block(layer), own, mesh)?;
+            self.add_gradients(Unit::Block(layer), own, micro.last, mesh)?;
             if let Some(part) = graph.embeddings.grad_remove(&mut gradients) {
                 dembeddings = Some(match dembeddings {
                     Some(sum) => sum + part,
@@ -265,7 +278,7 @@ impl Model {
         let embedded = Embedding::new(&params).forward(micro.ids.clone(), compute);
         let mut gradients = backward_from(embedded, dembedded);
         let own = params.gradients(&mut gradients);
-        self.add_gradients(Unit::Embedding, own, mesh)?;
+        self.add_gradients(Unit::Embedding, own, micro.last, mesh)?;
         Ok(PassOutput { loss, state_ratios })
     }
 
@@ -293,10 +306,11 @@ impl Model {
         let loss = head.loss(x.clone(), micro.labels.clone(), scale);
         let mut gradients = loss.backward();
         let own = params.gradients(&mut gradients);
-        self.add_gradients(Unit::Head, own, mesh)?;
+        self.add_gradients(Unit::Head, own, micro.last, mesh)?;
         if let Some(tied) = tied {
             let own = tied.gradients(&mut gradients);
-            self.add_gradients(Unit::Embedding, own, mesh)?;
+            // The lookup's come, too.
+            self.add_gradients(Unit::Embedding, own, false, mesh)?;
         }
         let dx = x.grad_remove(&mut gradients);
         Ok((loss.inner(), dx.expect("the head's input reaches the loss")))

@@ -35,6 +35,10 @@ pub struct UnitState {
     coming: Vec<Pending>,
     /// The sections of a gradient on their way to the ranks that hold them.
     returning: Vec<Pending>,
+    /// The step adds nothing more to the gradient: it is summed over the replicas once it is here.
+    last: bool,
+    /// That sum, under way.
+    summing: Option<Pending>,
 }
 
 impl UnitState {
@@ -74,6 +78,8 @@ impl UnitState {
             ready: None,
             coming: vec![],
             returning: vec![],
+            last: false,
+            summing: None,
         }
     }
 
@@ -160,16 +166,19 @@ impl UnitState {
 
     /// Adds the gradients of one backward pass, in the layout's order; a parameter that none
     /// arrived for counts as zero. Where there are shards, the sum over the ranks is only begun:
-    /// [`UnitState::settle`] ends it.
+    /// [`UnitState::settle`] ends it. `last`: the step adds no more, so that the sum over the replicas
+    /// may follow.
     ///
     /// # Errors
     /// If a rank is lost.
     pub fn add_gradients(
         &mut self,
         gradients: Vec<Option<Tensor<1>>>,
+        last: bool,
         mesh: &Mesh,
     ) -> Result<(), CommError> {
-        self.settle()?;
+        self.settle(mesh)?;
+        self.last = last;
         let parts = gradients.into_iter().zip(&self.layout.specs);
         let mut parts = parts.map(|(gradient, spec)| match gradient {
             Some(gradient) => Part::Values(gradient),
@@ -178,7 +187,10 @@ impl UnitState {
         if self.is_whole() {
             let parts = parts.collect();
             self.sum(parts);
-            return Ok(());
+            return match last {
+                true => self.start_sum(mesh),
+                false => Ok(()),
+            };
         }
         for section in self.layout.sections() {
             let mut parts: Vec<Part> = parts.by_ref().take(section.params.len()).collect();
@@ -193,11 +205,17 @@ impl UnitState {
         Ok(())
     }
 
-    /// Adds what [`UnitState::add_gradients`] sent on its way to this rank's gradient.
+    /// Brings one step further what [`UnitState::add_gradients`] began: its sum over the shards is added
+    /// to this rank's gradient, and if that was the last, the sum over the replicas begins; or that
+    /// ends. Asked for each time another unit is ready, both travel while others compute.
     ///
     /// # Errors
     /// If a rank is lost.
-    pub fn settle(&mut self) -> Result<(), CommError> {
+    pub fn settle(&mut self, mesh: &Mesh) -> Result<(), CommError> {
+        if let Some(summing) = self.summing.take() {
+            self.gradient = Some(vec![Part::Values(summing.wait()?)]);
+            return Ok(());
+        }
         if self.returning.is_empty() {
             return Ok(());
         }
@@ -206,6 +224,19 @@ impl UnitState {
             parts.push(Part::Values(section.wait()?));
         }
         self.sum(parts);
+        match self.last {
+            true => self.start_sum(mesh),
+            false => Ok(()),
+        }
+    }
+
+    /// Begins to sum the gradient over all that hold the same shard.
+    fn start_sum(&mut self, mesh: &Mesh) -> Result<(), CommError> {
+        if mesh.replicas.size() > 1 {
+            let zeros = || vec![Part::Values(self.master.zeros_like())];
+            let own = joined(self.gradient.take().unwrap_or_else(zeros));
+            self.summing = Some(mesh.replicas.start_all_reduce_sum(own)?);
+        }
         Ok(())
     }
 
@@ -221,16 +252,13 @@ impl UnitState {
     /// # Errors
     /// If a rank is lost.
     pub fn take_gradient(&mut self, mesh: &Mesh) -> Result<Vec<Part>, CommError> {
-        self.settle()?;
-        let zeros = || vec![Part::Values(self.master.zeros_like())];
-        let own = self.gradient.take().unwrap_or_else(zeros);
-        match mesh.replicas.size() {
-            1 => Ok(own),
-            _ => {
-                let sum = mesh.replicas.all_reduce_sum(joined(own))?;
-                Ok(vec![Part::Values(sum)])
-            }
+        self.settle(mesh)?;
+        if !std::mem::take(&mut self.last) {
+            self.start_sum(mesh)?;
         }
+        self.settle(mesh)?;
+        let zeros = || vec![Part::Values(self.master.zeros_like())];
+        Ok(self.gradient.take().unwrap_or_else(zeros))
     }
 
     /// Hands out weights and moments to be updated, so that they can be written in place; they come

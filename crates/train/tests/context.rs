@@ -102,8 +102,13 @@ fn rows() -> Vec<Row> {
 fn micro_batches(mesh: &Mesh, rows: &[Row]) -> Vec<MicroBatch> {
     let share = rows.len() / mesh.data_size();
     let own = &rows[mesh.data_rank() * share..][..share];
-    let micro = |rows: &[Row]| MicroBatch::new(rows, mesh, &Device::flex()).expect("a batch");
-    own.chunks(2.min(share)).map(micro).collect()
+    let batches = own.chunks(2.min(share));
+    let count = batches.len();
+    let micro = |(n, rows): (usize, &[Row])| {
+        let micro = MicroBatch::new(rows, mesh, &Device::flex()).expect("a batch");
+        micro.last(n + 1 == count)
+    };
+    batches.enumerate().map(micro).collect()
 }
 
 #[derive(Debug, Clone, Copy)]

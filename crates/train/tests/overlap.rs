@@ -10,7 +10,7 @@ use common::{Watched, layout, on_ranks};
 use ttt_data::Row;
 use ttt_kernels::ContextSettings;
 use ttt_model::Unit;
-use ttt_parallel::Mesh;
+use ttt_parallel::{Mesh, ProcessGroup};
 use ttt_train::config::{Activations, Config};
 use ttt_train::init::initial_values;
 use ttt_train::step::{MicroBatch, Model, RopeCache};
@@ -30,30 +30,37 @@ fn config(tied: bool) -> Config {
 }
 
 /// What one pass does, in order: `G` a gather is begun, `g` waited for; `S` and `s` the same of a
-/// gradient's way back; with the last wait, by the update, at the end.
-fn exchanges(tied: bool, activations: Activations) -> String {
+/// gradient's way back, `R` and `r` of its sum over replicas; with the last waits, by the update, at the
+/// end.
+fn exchanges(shape: [usize; 3], tied: bool, activations: Activations) -> String {
     let config = config(tied);
-    let logs = on_ranks(layout([1, 2, 1]), |mesh| {
+    let logs = on_ranks(layout(shape), |mesh| {
         let log = Arc::new(Mutex::new(String::new()));
-        let write = |letters: [char; 2]| {
+        let write = |letters: [char; 3]| {
             let log = log.clone();
             move |operation: &str| {
                 log.lock().expect("no panic").push(match operation {
                     "all_gather" => letters[0],
-                    _ => letters[1],
+                    "reduce_scatter" => letters[1],
+                    _ => letters[2],
                 });
             }
         };
-        let begun = write(['G', 'S']);
-        let mesh = Mesh {
-            shard: Arc::new(Watched {
-                inner: mesh.shard.clone(),
+        let watched = |inner: &Arc<dyn ProcessGroup>| {
+            let begun = write(['G', 'S', 'R']);
+            let watched: Arc<dyn ProcessGroup> = Arc::new(Watched {
+                inner: inner.clone(),
                 before: Box::new(move |operation, _| {
                     begun(operation);
                     Ok(())
                 }),
-                waited: Some(Arc::new(write(['g', 's']))),
-            }),
+                waited: Some(Arc::new(write(['g', 's', 'r']))),
+            });
+            watched
+        };
+        let mesh = Mesh {
+            shard: watched(&mesh.shard),
+            replicas: watched(&mesh.replicas),
             ..mesh
         };
         let device = Device::flex();
@@ -75,6 +82,7 @@ fn exchanges(tied: bool, activations: Activations) -> String {
             document_starts: vec![0],
         };
         let micro = MicroBatch::new(&[row], &mesh, &device).expect("a batch");
+        let micro = micro.last(true);
         let pass = model.accumulate(&micro, 0.1, activations, &mesh);
         pass.expect("all ranks");
         for unit in &mut model.units {
@@ -83,7 +91,7 @@ fn exchanges(tied: bool, activations: Activations) -> String {
         let log = log.lock().expect("no panic");
         log.clone()
     });
-    assert_eq!(logs[0], logs[1]);
+    assert!(logs.iter().all(|log| *log == logs[0]));
     logs[0].clone()
 }
 
@@ -96,6 +104,7 @@ fn units_are_gathered_ahead_and_gradients_return_behind() {
     let recompute = "gG S gG sS gG sS g sS sS s";
     let keep = "g S sS sS sS sS s";
     let pass = |parts: [&str; 2]| parts.concat().replace(' ', "");
+    let exchanges = |tied, activations| exchanges([1, 2, 1], tied, activations);
     let seen = exchanges(false, Activations::Recompute);
     assert_eq!(seen, pass([forward, recompute]));
     assert_eq!(exchanges(false, Activations::Keep), pass([forward, keep]));
@@ -114,4 +123,23 @@ fn units_are_gathered_ahead_and_gradients_return_behind() {
         assert!(open.iter().all(|&count| (0..=1).contains(&count)), "{seen}");
     }
     assert_eq!(open, [0, 0]);
+}
+
+/// A unit's sum over replicas begins as soon as its gradient is here, and is waited for when the next
+/// unit's is; a tied embedding's when its second gradient is here.
+#[test]
+fn gradients_are_summed_over_replicas_while_others_are_computed() {
+    let keep = |shape, tied| exchanges(shape, tied, Activations::Keep);
+    // The embedding's is the last to begin, and the first unit that the update takes.
+    let whole = "g R rR rR rR rR r";
+    // To the shards, then between the replicas.
+    let sharded = "g S sRS rsRS rsRS rsRS sRr r";
+    for (shape, tied, end) in [
+        ([2, 1, 1], false, whole),
+        ([2, 1, 1], true, whole),
+        ([2, 2, 1], false, sharded),
+    ] {
+        let (seen, end) = (keep(shape, tied), end.replace(' ', ""));
+        assert!(seen.ends_with(&end), "{shape:?}, tied {tied}: {seen}");
+    }
 }

@@ -99,8 +99,11 @@ fn step(config: &Config, mesh: &Mesh) {
     };
     let rows = vec![row; config.train.batch_rows() / mesh.data_size()];
     let mut loss = scalar(0.0, &device);
-    for rows in rows.chunks(config.train.micro_batch_rows) {
+    let micro_batches = rows.chunks(config.train.micro_batch_rows);
+    let last = micro_batches.len() - 1;
+    for (number, rows) in micro_batches.enumerate() {
         let micro = MicroBatch::new(rows, mesh, &device).expect("a batch");
+        let micro = micro.last(number == last);
         let pass = model.accumulate(&micro, 0.01, config.train.activations, mesh);
         loss = loss + pass.expect("all ranks").loss;
     }

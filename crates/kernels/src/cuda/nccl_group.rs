@@ -143,6 +143,13 @@ impl NcclGroup {
         }
     }
 
+    fn reduce(&self, tensor: Tensor<1>) -> Result<(Started, bool), CommError> {
+        let len = tensor.dims()[0];
+        self.start("all_reduce", tensor, len, |issue, from, to| {
+            issue.all_reduce(from, to.at)
+        })
+    }
+
     fn gather(&self, shard: Tensor<1>) -> Result<(Started, bool), CommError> {
         let len = shard.dims()[0] * self.size();
         self.start("all_gather", shard, len, |issue, from, to| {
@@ -197,11 +204,7 @@ impl ProcessGroup for NcclGroup {
     }
 
     fn all_reduce_sum(&self, tensor: Tensor<1>) -> Result<Tensor<1>, CommError> {
-        let len = tensor.dims()[0];
-        let started = self.start("all_reduce", tensor, len, |issue, from, to| {
-            issue.all_reduce(from, to.at)
-        })?;
-        self.finish("all_reduce", started)
+        self.finish("all_reduce", self.reduce(tensor)?)
     }
 
     fn all_gather(&self, shard: Tensor<1>) -> Result<Tensor<1>, CommError> {
@@ -273,6 +276,10 @@ impl ProcessGroup for NcclGroup {
         let host = self.host.split(parts)?;
         let part = Self::part_of_run(&self.device, host, self.of_run)?;
         Ok(Arc::new(part))
+    }
+
+    fn start_all_reduce_sum(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
+        Ok(self.pending("all_reduce", self.reduce(tensor)?))
     }
 
     fn start_all_gather(&self, shard: Tensor<1>) -> Result<Pending, CommError> {

@@ -355,7 +355,12 @@ impl<'a> Sizes<'a> {
             (false, true) => 1.0,
             (false, false) => 0.0,
         };
-        let gradients = buffers * F32 * self.largest_block();
+        // What the sum over replicas gives, beside what is summed.
+        let summed = match self.layout.replicate * self.layout.context {
+            1 => 0.0,
+            _ => F32 * self.largest_block() / self.layout.shard as f64,
+        };
+        let gradients = buffers * F32 * self.largest_block() + summed;
         activations.max(self.attention_tile_bytes()) + gradients
     }
 

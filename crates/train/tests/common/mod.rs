@@ -163,6 +163,12 @@ impl ProcessGroup for Watched {
         self.inner.split(parts)
     }
 
+    fn start_all_reduce_sum(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
+        (self.before)("all_reduce", 2 * self.others(&tensor))?;
+        let pending = self.inner.start_all_reduce_sum(tensor)?;
+        Ok(self.told("all_reduce", pending))
+    }
+
     fn start_all_gather(&self, shard: Tensor<1>) -> Result<Pending, CommError> {
         (self.before)("all_gather", self.gathered(&shard))?;
         let pending = self.inner.start_all_gather(shard)?;
