@@ -78,6 +78,10 @@ fn two_and_four_ranks_train_like_one() {
         (2, &["parallel.shard=2"]),
         (2, &["parallel.context=2"]),
         (4, &["parallel.shard=2", "parallel.context=2"]),
+        (
+            2,
+            &["parallel.context=2", "parallel.shard_over_context=true"],
+        ),
     ] {
         let run = Run::new(12);
         let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();

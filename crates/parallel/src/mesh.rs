@@ -20,6 +20,8 @@ pub struct Layout {
     pub shard: usize,
     /// Ranks over which each row is spread.
     pub context: usize,
+    /// Whether one copy of the parameters is spread over the ranks of a row as well.
+    pub shard_over_context: bool,
 }
 
 impl Layout {
@@ -28,11 +30,25 @@ impl Layout {
         replicate: 1,
         shard: 1,
         context: 1,
+        shard_over_context: false,
     };
 
     /// How many ranks the grid has.
     pub fn ranks(&self) -> usize {
         self.replicate * self.shard * self.context
+    }
+
+    /// Ranks over which one copy of the parameters is spread.
+    pub fn parameter_shards(&self) -> usize {
+        match self.shard_over_context {
+            true => self.shard * self.context,
+            false => self.shard,
+        }
+    }
+
+    /// Copies of the parameters.
+    pub fn parameter_copies(&self) -> usize {
+        self.ranks() / self.parameter_shards()
     }
 
     /// The layout of `ranks` ranks; `replicate` follows from the others where it is not given.
@@ -83,6 +99,7 @@ impl Layout {
                 replicate: fitting,
                 shard,
                 context,
+                shard_over_context: false,
             }),
         }
     }
@@ -134,15 +151,17 @@ pub struct Mesh {
     pub world: Arc<dyn ProcessGroup>,
     /// Ranks that hold the same shard of the parameters and the same part of different rows.
     pub replicate: Arc<dyn ProcessGroup>,
-    /// Ranks that hold the shards of one copy of the parameters.
+    /// Ranks that hold the shards of one copy of the parameters: along `shard`, or `shard` × `context`.
     pub shard: Arc<dyn ProcessGroup>,
     /// Ranks that hold the parts of the same rows, in order.
     pub context: Arc<dyn ProcessGroup>,
-    /// All that hold the same shard of the parameters: replicate × context. A gradient is summed
-    /// over these.
+    /// All that hold the same shard of the parameters: replicate × context, or `replicate` alone. A
+    /// gradient is summed over these.
     pub replicas: Arc<dyn ProcessGroup>,
     /// What this rank's main thread says of itself.
     pub activity: Activity,
+    /// How many ranks lie along each direction.
+    pub layout: Layout,
 }
 
 impl Mesh {
@@ -156,6 +175,7 @@ impl Mesh {
             context: single.clone(),
             replicas: single,
             activity: Activity::default(),
+            layout: Layout::SINGLE,
         }
     }
 
@@ -168,6 +188,7 @@ impl Mesh {
             replicate,
             shard,
             context,
+            shard_over_context: joint,
         } = layout;
         Layout::of(world.size(), Some(replicate), shard, context)?;
         let along = |directions: [bool; 3]| -> Result<Arc<dyn ProcessGroup>, CommError> {
@@ -181,12 +202,20 @@ impl Mesh {
         let (replicate, context) = (along([true, false, false])?, along([false, false, true])?);
         // Groups of the same ranks are one group: each costs connections and buffers.
         let replicas = match (replicate.size(), context.size()) {
+            _ if joint => replicate.clone(),
             (1, _) => context.clone(),
             (_, 1) => replicate.clone(),
             _ => along([true, false, true])?,
         };
+        let shard = match joint && context.size() > 1 {
+            // Apart from the context group even where the ranks are the same: what is gathered ahead
+            // must not stand in line before what a block waits for.
+            true => world.split(&layout.lists([false, true, true]))?,
+            false => along([false, true, false])?,
+        };
         Ok(Self {
-            shard: along([false, true, false])?,
+            shard,
+            layout,
             replicate,
             context,
             replicas,
@@ -195,23 +224,15 @@ impl Mesh {
         })
     }
 
-    /// How many ranks lie along each direction.
-    pub fn layout(&self) -> Layout {
-        Layout {
-            replicate: self.replicate.size(),
-            shard: self.shard.size(),
-            context: self.context.size(),
-        }
-    }
-
     /// This rank's place among those that read different rows.
     pub fn data_rank(&self) -> usize {
-        self.replicate.rank() * self.shard.size() + self.shard.rank()
+        // The parts of a row are next to each other.
+        self.world.rank() / self.layout.context
     }
 
     /// How many ranks read different rows.
     pub fn data_size(&self) -> usize {
-        self.replicate.size() * self.shard.size()
+        self.layout.replicate * self.layout.shard
     }
 
     /// The sum over all ranks: `[n]` → `[n]`.
@@ -238,6 +259,7 @@ mod tests {
                 replicate,
                 shard,
                 context,
+                shard_over_context: false,
             })
         };
         assert_eq!(of(1, None, 1, 1), layout(1, 1, 1));
@@ -263,6 +285,7 @@ mod tests {
             replicate: 2,
             shard: 2,
             context: 2,
+            shard_over_context: false,
         };
         let lists = |along| layout.lists(along);
         assert_eq!(

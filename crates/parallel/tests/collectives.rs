@@ -284,6 +284,7 @@ fn a_mesh_of_every_direction() {
             replicate,
             shard,
             context,
+            shard_over_context: false,
         };
         on_mesh(layout, |mesh| {
             let (r, s, c) = (
@@ -291,7 +292,7 @@ fn a_mesh_of_every_direction() {
                 mesh.shard.rank(),
                 mesh.context.rank(),
             );
-            assert_eq!(mesh.layout(), layout);
+            assert_eq!(mesh.layout, layout);
             assert_eq!(mesh.world.rank(), (r * shard + s) * context + c);
             assert_eq!(mesh.data_rank(), r * shard + s);
             assert_eq!(mesh.data_size(), replicate * shard);
@@ -325,6 +326,43 @@ fn a_mesh_of_every_direction() {
     }
 }
 
+/// Parameters spread over the ranks of a row, too: the groups of parameters, rows read as before.
+#[test]
+fn a_mesh_that_shards_over_rows() {
+    for (replicate, shard, context) in [(2, 2, 2), (1, 2, 3), (2, 1, 2), (1, 1, 4), (2, 2, 1)] {
+        let layout = Layout {
+            replicate,
+            shard,
+            context,
+            shard_over_context: true,
+        };
+        on_mesh(layout, |mesh| {
+            let me = mesh.world.rank();
+            let (r, s, c) = (me / context / shard, me / context % shard, me % context);
+            assert_eq!(mesh.layout, layout);
+            assert_eq!(
+                (mesh.data_rank(), mesh.data_size()),
+                (r * shard + s, replicate * shard)
+            );
+            assert_eq!((mesh.context.rank(), mesh.context.size()), (c, context));
+            assert_eq!(
+                (mesh.shard.rank(), mesh.shard.size()),
+                (s * context + c, shard * context)
+            );
+            assert_eq!((mesh.replicas.rank(), mesh.replicas.size()), (r, replicate));
+            let numbers = |group: &Arc<dyn ProcessGroup>| {
+                let own = tensor(vec![me as f32], DType::F32);
+                values(group.all_gather(own).expect("all ranks"), DType::F32)
+            };
+            let shards = (0..shard * context).map(|i| (r * shard * context + i) as f32);
+            assert!(numbers(&mesh.shard).into_iter().eq(shards));
+            let copies =
+                (0..replicate).map(|i| (me % (shard * context) + i * shard * context) as f32);
+            assert!(numbers(&mesh.replicas).into_iter().eq(copies));
+        });
+    }
+}
+
 #[test]
 fn a_mesh_of_other_ranks_than_there_are() {
     on_threads(2, |rank| {
@@ -332,6 +370,7 @@ fn a_mesh_of_other_ranks_than_there_are() {
             replicate: 2,
             shard: 2,
             context: 1,
+            shard_over_context: false,
         };
         let refused = ttt_parallel::Mesh::new(Arc::new(rank), layout);
         let error = refused.expect_err("two ranks").to_string();

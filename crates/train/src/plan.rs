@@ -60,6 +60,7 @@ impl Plan {
             replicate: asked.replicate.unwrap_or(1),
             shard: asked.shard,
             context: asked.context,
+            shard_over_context: asked.shard_over_context,
         };
         Self::on(config, layout)
     }

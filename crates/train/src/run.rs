@@ -101,7 +101,7 @@ fn train_on(
 
     // ---- model, new or where it was left --------------------------------------------------------
     let context = config.parallel.context_settings();
-    let plan = Plan::on(config, mesh.layout());
+    let plan = Plan::on(config, mesh.layout);
     if speaks {
         println!("{plan}");
     }

@@ -7,12 +7,12 @@ use std::path::Path;
 
 use burn::tensor::{DType, Device};
 
-use common::{LAYOUTS, layout, on_ranks};
+use common::{joint, layout, layouts, on_ranks};
 use ttt_data::Row;
 use ttt_kernels::ContextSettings;
 use ttt_kernels::testing::{relative_error_of, values as elements};
 use ttt_model::{ModelConfig, Unit};
-use ttt_parallel::Mesh;
+use ttt_parallel::{Layout, Mesh};
 use ttt_train::agree::gather_bytes;
 use ttt_train::checkpoint::{self, Checkpoint, Progress};
 use ttt_train::config::{Activations, Config};
@@ -116,25 +116,24 @@ fn save(config: &Config, step: u64, mesh: &Mesh) -> Result<(), String> {
 
 #[test]
 fn any_layout_reads_what_any_other_wrote() {
-    let dirs: Vec<_> = LAYOUTS
+    let layouts = layouts();
+    let dirs: Vec<_> = layouts
         .iter()
         .map(|_| tempfile::tempdir().expect("a folder"))
         .collect();
-    for (dir, shape) in dirs.iter().zip(LAYOUTS) {
+    for (dir, &shape) in dirs.iter().zip(&layouts) {
         let config = config(dir.path());
-        on_ranks(layout(shape), |mesh| {
-            save(&config, 3, &mesh).expect("all ranks")
-        });
+        on_ranks(shape, |mesh| save(&config, 3, &mesh).expect("all ranks"));
     }
     let expected = weights(dirs[0].path());
     assert_eq!(expected.len(), 2);
-    for (dir, shape) in dirs.iter().zip(LAYOUTS) {
+    for (dir, &shape) in dirs.iter().zip(&layouts) {
         assert!(
             weights(dir.path()) == expected,
             "{shape:?} wrote other bytes"
         );
-        for on in LAYOUTS {
-            on_ranks(layout(on), |mesh| {
+        for &on in &layouts {
+            on_ranks(on, |mesh| {
                 let device = Device::flex();
                 let config = config(dir.path());
                 let found = Checkpoint::newest_together(&config.run.dir, &mesh, &device);
@@ -323,10 +322,10 @@ fn model(config: &Config, units: Vec<UnitState>) -> Model {
 /// on the same layout, with the same bits.
 #[test]
 fn a_run_goes_on_on_another_layout() {
-    let whole = |shape: [usize; 3], stop: Option<[usize; 3]>| {
+    let whole = |shape: Layout, stop: Option<Layout>| {
         let dir = tempfile::tempdir().expect("a folder");
         let config = config(dir.path());
-        let six = on_ranks(layout(shape), |mesh| {
+        let six = on_ranks(shape, |mesh| {
             let units = state(&config.model, &mesh, &Device::flex());
             let mut model = model(&config, units);
             let norm = train(&mut model, 0..3, 0.0, &mesh, &config);
@@ -341,7 +340,7 @@ fn a_run_goes_on_on_another_layout() {
             gathered(&model.units, &mesh)
         });
         let Some(then) = stop else { return six };
-        on_ranks(layout(then), |mesh| {
+        on_ranks(then, |mesh| {
             let found = Checkpoint::newest_together(&config.run.dir, &mesh, &Device::flex());
             let found = found.expect("all ranks").expect("a checkpoint");
             let units = found.load(&config.model, &mesh, &Device::flex());
@@ -351,8 +350,8 @@ fn a_run_goes_on_on_another_layout() {
             gathered(&model.units, &mesh)
         })
     };
-    let single = whole([1, 1, 1], None).remove(0);
-    for (first, then) in [
+    let single = whole(layout([1, 1, 1]), None).remove(0);
+    let apart = [
         ([1, 1, 1], [1, 4, 1]),
         ([1, 4, 1], [1, 1, 1]),
         ([1, 2, 1], [2, 1, 1]),
@@ -360,7 +359,14 @@ fn a_run_goes_on_on_another_layout() {
         ([2, 2, 1], [1, 2, 1]),
         ([1, 2, 2], [1, 2, 1]),
         ([1, 1, 1], [2, 1, 2]),
-    ] {
+    ];
+    let apart = apart.map(|(first, then)| (layout(first), layout(then)));
+    let jointly = [
+        (joint([1, 1, 2]), layout([1, 1, 1])),
+        (layout([1, 2, 1]), joint([1, 2, 2])),
+        (joint([2, 1, 2]), layout([1, 1, 2])),
+    ];
+    for (first, then) in apart.into_iter().chain(jointly) {
         for state in whole(first, Some(then)) {
             let error = relative_error_of(&state, &single);
             // Sums over rows in another order, and six updates of 1 % of a weight.
@@ -392,8 +398,8 @@ fn any_layout_continues_the_same_model() {
          optimizer.lr = 1.0\n\
          model.ttt = {{ enabled = true, layers = [1], chunk = 16, target = \"hidden\" }}"
     );
-    let begun = |shape: [usize; 3]| {
-        on_ranks(layout(shape), |mesh| {
+    let begun = |layout: Layout| {
+        on_ranks(layout, |mesh| {
             let mut config = Config::parse(&text, "test".as_ref(), &[]).expect("a configuration");
             let base = BaseModel::open(&mut config).expect("the folder");
             let base = base.expect("it is named");
@@ -403,9 +409,10 @@ fn any_layout_continues_the_same_model() {
             gathered(&units, &mesh)
         })
     };
-    let expected = begun([1, 1, 1]).remove(0);
+    let expected = begun(layout([1, 1, 1])).remove(0);
     assert!(expected.iter().any(|value| *value != 0.0));
-    for shape in [[1, 2, 1], [1, 3, 1], [2, 2, 1]] {
+    let shapes = [[1, 2, 1], [1, 3, 1], [2, 2, 1]].map(layout);
+    for shape in shapes.into_iter().chain([joint([1, 1, 2])]) {
         for got in begun(shape) {
             assert!(got == expected, "{shape:?}");
         }

@@ -411,6 +411,11 @@ fn settings_of_ranks_without_effect_are_refused() {
     let off = "model.ttt.enabled=false";
     for (set, refused, says) in [
         (
+            "parallel.shard_over_context=true",
+            vec![],
+            "or set parallel.context",
+        ),
+        (
             "parallel.context_states=chain",
             vec![],
             "or set parallel.context",

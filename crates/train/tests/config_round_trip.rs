@@ -240,6 +240,7 @@ fn parallel() -> impl Strategy<Value = ParallelConfig> {
             AttentionExchange::Heads,
         ][attention],
         timeout_s,
+        shard_over_context: half != one,
         ..ParallelConfig::default()
     })
 }
@@ -257,6 +258,7 @@ fn with_effect(
     if train.sequence_length.is_multiple_of(2 * chunk) {
         parallel.context = 2;
     }
+    parallel.shard_over_context &= parallel.context > 1;
     if parallel.context == 1 || !learns {
         parallel.context_states = default.context_states;
         parallel.context_payload = default.context_payload;

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor};
+use common::joint;
 use common::model::model;
 use ttt_data::{Dataset, IGNORE, Row, Split};
 use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
@@ -170,6 +171,7 @@ fn layout(replicate: usize, shard: usize, context: usize) -> Layout {
         replicate,
         shard,
         context,
+        shard_over_context: false,
     }
 }
 
@@ -271,6 +273,47 @@ fn mixed_meshes_compute_what_one_computes() {
     assert_equals_one_rank(case(Target::Hidden, Activations::Keep), &layouts[3..4]);
 }
 
+/// With the parameters spread over the ranks of a row, too.
+#[test]
+fn parameters_over_the_ranks_of_a_row_compute_what_one_computes() {
+    let shapes = [
+        [1, 1, 2],
+        [1, 1, 4],
+        [2, 1, 2],
+        [1, 2, 2],
+        [2, 2, 2],
+        [1, 2, 4],
+    ];
+    let layouts = shapes.map(joint);
+    for activations in [Activations::Keep, Activations::Recompute] {
+        assert_equals_one_rank(case(Target::Embedding, activations), &layouts);
+    }
+    let in_f64 = Case {
+        compute: DType::F64,
+        ..case(Target::Hidden, Activations::Recompute)
+    };
+    assert_equals_one_rank(in_f64, &layouts[..4]);
+    // A rank holds its part of the parameters and no more.
+    let held = |layout: Layout| {
+        on_mesh(layout, |mesh| {
+            let model = model(
+                &config(Target::Embedding),
+                ContextSettings::default(),
+                &mesh,
+            );
+            let units = model.units.iter();
+            units.map(|unit| unit.master.dims()[0]).sum::<usize>()
+        })
+    };
+    let whole = held(layout(1, 1, 2))[0];
+    for (shape, parts) in [([1, 1, 2], 2), ([1, 2, 2], 4)] {
+        for own in held(joint(shape)) {
+            // Parts are multiples of 256 elements: two sections of five units at most.
+            assert!(own < whole / parts + 10 * 256, "{own} of {whole}");
+        }
+    }
+}
+
 /// In bf16, as on a GPU: as far from one rank in f32 as one rank in bf16 is, and no further.
 #[test]
 fn ranks_in_bf16_err_no_more_than_one() {
@@ -353,6 +396,9 @@ fn five_steps_end_at_the_same_weights() {
         layout(1, 1, 8),
         layout(2, 1, 2),
         layout(2, 2, 2),
+        joint([1, 1, 2]),
+        joint([2, 1, 4]),
+        joint([2, 2, 2]),
     ] {
         for (rank, units) in on_mesh(layout, |mesh| trained(&mesh)).iter().enumerate() {
             for (unit, (got, expected)) in units.iter().zip(&expected).enumerate() {
@@ -390,7 +436,7 @@ fn evaluation_covers_all_positions() {
         };
         let expected = run(&Mesh::single());
         assert_eq!(expected.by_position.len(), 2);
-        for layout in [layout(1, 1, 2), layout(1, 2, 4)] {
+        for layout in [layout(1, 1, 2), layout(1, 2, 4), joint([1, 2, 2])] {
             for got in on_mesh(layout, |mesh| run(&mesh)) {
                 assert_eq!(got.tokens, expected.tokens);
                 assert!((got.loss / expected.loss - 1.0).abs() < 1e-6);

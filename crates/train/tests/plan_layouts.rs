@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::tensor::{DType, Device};
-use common::{Watched, layout, on_ranks};
+use common::{Watched, joint, layout, on_ranks};
 use ttt_data::Row;
 use ttt_model::Unit;
 use ttt_parallel::{Mesh, ProcessGroup};
@@ -136,7 +136,7 @@ fn ranks_send_what_the_plan_says() {
     ];
     for sets in cases {
         let config = tiny(sets);
-        for shape in [
+        let shapes = [
             [1, 1, 1],
             [1, 2, 1],
             [1, 3, 1],
@@ -146,7 +146,13 @@ fn ranks_send_what_the_plan_says() {
             [2, 2, 1],
             [1, 2, 2],
             [2, 2, 2],
-        ] {
+        ];
+        let shared = shapes.into_iter().filter(|[_, _, context]| *context > 1);
+        for (shape, layout) in shapes
+            .into_iter()
+            .map(|shape| (shape, layout(shape)))
+            .chain(shared.map(|shape| (shape, joint(shape))))
+        {
             if !config
                 .train
                 .batch_rows()
@@ -154,21 +160,21 @@ fn ranks_send_what_the_plan_says() {
             {
                 continue;
             }
-            on_ranks(layout(shape), |mesh| {
+            on_ranks(layout, |mesh| {
                 let counts = Counts::default();
                 let watched = Mesh {
                     world: counts.watch(Among::World, mesh.world.clone()),
                     replicate: counts.watch(Among::Replicas, mesh.replicate.clone()),
-                    activity: mesh.activity.clone(),
                     shard: counts.watch(Among::Shard, mesh.shard.clone()),
                     context: counts.watch(Among::Context, mesh.context.clone()),
                     replicas: counts.watch(Among::Replicas, mesh.replicas.clone()),
+                    ..mesh.clone()
                 };
                 step(&config, &watched);
-                let plan = Traffic::of(&config, layout(shape), mesh.context.rank());
+                let plan = Traffic::of(&config, layout, mesh.context.rank());
                 let planned = KINDS.map(|kind| plan.bytes_among(kind));
                 let rank = mesh.world.rank();
-                assert_eq!(counts.of(), planned, "{sets:?} on {shape:?}, rank {rank}");
+                assert_eq!(counts.of(), planned, "{sets:?} on {layout:?}, rank {rank}");
             });
         }
     }

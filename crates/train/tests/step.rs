@@ -170,6 +170,7 @@ fn sharded_and_replicated_ranks_train_like_one() {
                 replicate,
                 shard,
                 context: 1,
+                shard_over_context: false,
             };
             for activations in [Activations::Keep, Activations::Recompute] {
                 let here = format!("{replicate}x{shard} {activations:?} tied {tied}");

@@ -21,6 +21,9 @@ pub struct ParallelConfig {
     pub shard: usize,
     /// Ranks over which each row is spread.
     pub context: usize,
+    /// Spread one copy of the parameters over the ranks of a row as well: over shard x context. Less memory;
+    /// parameters and gradients then travel once for each pass of rows.
+    pub shard_over_context: bool,
     /// How fast weights travel between the ranks of a row.
     pub context_states: StateExchange,
     /// The precision in which fast weights travel.
@@ -38,6 +41,7 @@ impl Default for ParallelConfig {
             replicate: None,
             shard: 1,
             context: 1,
+            shard_over_context: false,
             context_states: StateExchange::default(),
             context_payload: Payload::default(),
             context_attention: AttentionExchange::default(),
@@ -52,12 +56,16 @@ impl ParallelConfig {
     /// # Errors
     /// If the numbers do not multiply to them.
     pub fn layout(&self, ranks: usize) -> Result<Layout, CommError> {
-        Layout::of(ranks, self.replicate, self.shard, self.context)
+        let layout = Layout::of(ranks, self.replicate, self.shard, self.context)?;
+        Ok(Layout {
+            shard_over_context: self.shard_over_context,
+            ..layout
+        })
     }
 
     /// Whether a layout is asked for, and not merely as many copies as there are ranks.
     pub fn asks(&self) -> bool {
-        (self.replicate, self.shard, self.context) != (None, 1, 1)
+        (self.replicate, self.shard, self.context) != (None, 1, 1) || self.shard_over_context
     }
 
     /// How the ranks of a row exchange what they need.
@@ -111,7 +119,9 @@ fn without_effect(config: &Config) -> Checked {
     let learns = !model.ttt_layers().is_empty();
     let states = (learns, "there is no TTT layer whose fast weights would");
     let attention = (full, "every layer has a window, so that no attention");
+    let always = (true, "");
     let choices = [
+        ("shard_over_context", chosen.shard_over_context, always),
         (
             "context_states",
             chosen.context_states != default.context_states,

@@ -96,7 +96,7 @@ impl<'a> Sizes<'a> {
     fn new(config: &'a Config, layout: Layout) -> Self {
         let model = &config.model;
         let train = &config.train;
-        let flat = |unit: &Unit| FlatLayout::new(model, *unit, layout.shard);
+        let flat = |unit: &Unit| FlatLayout::new(model, *unit, layout.parameter_shards());
         let units: Vec<FlatLayout> = Unit::all(model).iter().map(flat).collect();
         let part = train.sequence_length / layout.context;
         Self {
@@ -113,7 +113,7 @@ impl<'a> Sizes<'a> {
     }
 
     fn sharded(&self) -> bool {
-        self.layout.shard > 1
+        self.layout.parameter_shards() > 1
     }
 
     fn largest_unit(&self) -> f64 {
@@ -152,7 +152,8 @@ impl<'a> Sizes<'a> {
     /// The gradients that are there when a backward pass begins: those of the micro-batches before,
     /// and in the first the head's, which came with the loss.
     fn gradients_so_far(&self) -> MemoryItem {
-        let head = self.units.last().copied().unwrap_or(0.0) / self.layout.shard as f64;
+        let head =
+            self.units.last().copied().unwrap_or(0.0) / self.layout.parameter_shards() as f64;
         let elements = if self.micro_batches() > 1 {
             self.shard
         } else {
@@ -356,9 +357,9 @@ impl<'a> Sizes<'a> {
             (false, false) => 0.0,
         };
         // What the sum over replicas gives, beside what is summed.
-        let summed = match self.layout.replicate * self.layout.context {
+        let summed = match self.layout.parameter_copies() {
             1 => 0.0,
-            _ => F32 * self.largest_block() / self.layout.shard as f64,
+            _ => F32 * self.largest_block() / self.layout.parameter_shards() as f64,
         };
         let gradients = buffers * F32 * self.largest_block() + summed;
         activations.max(self.attention_tile_bytes()) + gradients
@@ -391,7 +392,7 @@ impl<'a> Sizes<'a> {
             (false, false) => 3.0,
             (false, true) => 0.0,
         };
-        let bytes = buffers * F32 * self.largest_unit() / self.layout.shard as f64;
+        let bytes = buffers * F32 * self.largest_unit() / self.layout.parameter_shards() as f64;
         vec![
             self.all_gradients(),
             item("update of the largest unit", bytes),

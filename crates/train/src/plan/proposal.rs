@@ -75,6 +75,7 @@ impl fmt::Display for Proposal {
             replicate,
             shard,
             context,
+            shard_over_context,
         } = self.plan.layout;
         let train = &self.config.train;
         let activations = match train.activations {
@@ -93,6 +94,9 @@ impl fmt::Display for Proposal {
         writeln!(f, "  replicate = {replicate}")?;
         writeln!(f, "  shard = {shard}")?;
         writeln!(f, "  context = {context}")?;
+        if shard_over_context {
+            writeln!(f, "  shard_over_context = true")?;
+        }
         writeln!(f, "  [train]")?;
         writeln!(f, "  activations = \"{activations}\"")?;
         writeln!(f, "  micro_batch_rows = {}\n", train.micro_batch_rows)?;

@@ -53,7 +53,12 @@ impl fmt::Display for Candidate {
             replicate,
             shard,
             context,
+            shard_over_context,
         } = self.layout;
+        let over = match shard_over_context {
+            true => " (shard_over_context)",
+            false => "",
+        };
         let train = &self.config.train;
         let activations = match train.activations {
             Activations::Keep => "keep",
@@ -62,7 +67,7 @@ impl fmt::Display for Candidate {
         let rows = train.micro_batch_rows;
         write!(
             f,
-            "replicate {replicate}, shard {shard}, context {context} with activations = \
+            "replicate {replicate}, shard {shard}, context {context}{over} with activations = \
              \"{activations}\" and micro_batch_rows = {rows}"
         )
     }
@@ -123,7 +128,10 @@ impl Search<'_> {
         let chosen = fitting()
             .filter(|candidate| fastest.is_some_and(|least| candidate.step_s <= least * ALIKE))
             .min_by(|a, b| {
-                let simple = |c: &Candidate| (c.layout.shard, c.layout.context);
+                let simple = |c: &Candidate| {
+                    let over = c.layout.shard_over_context;
+                    (c.layout.shard, c.layout.context, over)
+                };
                 simple(a)
                     .cmp(&simple(b))
                     .then(a.step_s.total_cmp(&b.step_s))
@@ -161,13 +169,23 @@ impl Search<'_> {
                     replicate: gpus / shard / context,
                     shard,
                     context,
+                    shard_over_context: false,
                 };
                 let rows = self.config.train.batch_rows() / (layout.replicate * shard);
                 for micro_rows in divisors(rows) {
                     for activations in [Activations::Keep, Activations::Recompute] {
-                        match self.candidate(layout, activations, micro_rows) {
-                            Ok(candidate) => all.push(candidate),
-                            Err(why) => refused = why,
+                        for shard_over_context in [false, true] {
+                            if shard_over_context && context == 1 {
+                                continue;
+                            }
+                            let layout = Layout {
+                                shard_over_context,
+                                ..layout
+                            };
+                            match self.candidate(layout, activations, micro_rows) {
+                                Ok(candidate) => all.push(candidate),
+                                Err(why) => refused = why,
+                            }
                         }
                     }
                 }
@@ -196,6 +214,7 @@ impl Search<'_> {
         config.parallel.replicate = Some(layout.replicate);
         config.parallel.shard = layout.shard;
         config.parallel.context = layout.context;
+        config.parallel.shard_over_context = layout.shard_over_context;
         config.train.activations = activations;
         config.train.micro_batch_rows = micro_batch_rows;
         let (rows, length) = (config.train.batch_rows(), config.train.sequence_length);
@@ -227,7 +246,12 @@ impl Search<'_> {
 
     /// Why not less of each thing that costs something.
     fn reasons(&self, chosen: &Candidate) -> Vec<String> {
-        let Layout { shard, context, .. } = chosen.layout;
+        let Layout {
+            shard,
+            context,
+            shard_over_context: over,
+            ..
+        } = chosen.layout;
         let train = &chosen.config.train;
         let (activations, rows) = (train.activations, train.micro_batch_rows);
         let count = self.gpus.count;
@@ -235,6 +259,7 @@ impl Search<'_> {
             replicate: count / shard / context,
             shard,
             context,
+            shard_over_context: over && context > 1,
         };
         let mut others = vec![];
         if shard > 1 {
@@ -254,6 +279,14 @@ impl Search<'_> {
                 activations,
                 rows,
             ));
+        }
+        if over {
+            let whole = Layout {
+                shard_over_context: false,
+                ..chosen.layout
+            };
+            let what = "shard_over_context = false".to_string();
+            others.push((what, whole, activations, rows));
         }
         if activations == Activations::Recompute {
             let keep = Activations::Keep;

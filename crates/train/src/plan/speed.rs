@@ -22,7 +22,7 @@ const LATENCY_S: f64 = 20e-6;
 /// Tokens at once with which products reach half of their speed.
 const HALF_SPEED_TOKENS: f64 = 512.0;
 
-/// Share of a pass behind which the exchanges of parameters hide.
+/// Share of the passes behind which the exchanges of parameters hide.
 const OVERLAP: f64 = 0.8;
 
 /// Estimated seconds of a step.
@@ -46,7 +46,11 @@ pub(super) fn seconds(config: &Config, plan: &Plan) -> f64 {
     let shard = time(Among::Shard, layout.shard * layout.context);
     let exposed = (shard - OVERLAP * compute).max(0.0);
     let context = time(Among::Context, layout.context);
+    // Gradients are summed over replicas once a step, beside its last backward pass.
+    let passes = train.batch_rows() / (layout.replicate * layout.shard) / train.micro_batch_rows;
+    let last_backward = compute * 2.0 / 3.0 / passes.max(1) as f64;
     let replicas = time(Among::Replicas, layout.ranks());
+    let replicas = (replicas - OVERLAP * last_backward).max(0.0);
     let exchanges: u64 = plan.traffic.items.iter().map(|item| item.exchanges).sum();
     compute + exposed + context + replicas + LATENCY_S * exchanges as f64
 }

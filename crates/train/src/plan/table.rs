@@ -119,9 +119,12 @@ impl fmt::Display for Plan {
                 replicate,
                 shard,
                 context,
+                ..
             } = self.layout;
             let layout = format!("{replicate} x {shard} x {context}");
             row(f, "devices, replicate x shard x context", layout)?;
+            let shards = self.layout.parameter_shards();
+            row(f, "devices that hold one copy of the parameters", shards)?;
         }
 
         writeln!(f, "\nmemory on one device, estimated, GiB")?;
@@ -140,18 +143,14 @@ impl fmt::Display for Plan {
 impl Plan {
     /// Bytes that a device sends, exactly.
     fn traffic_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Layout {
-            replicate,
-            shard,
-            context,
-        } = self.layout;
+        let layout = self.layout;
         writeln!(f, "\n\nbytes that one device sends in a step")?;
         for item in &self.traffic.items {
             let among = match item.among {
-                Among::Shard => format!("{shard} shards"),
-                Among::Replicas => format!("{} replicas", replicate * context),
-                Among::Context => format!("{context} parts of rows"),
-                Among::World => format!("all {}", self.layout.ranks()),
+                Among::Shard => format!("{} shards", layout.parameter_shards()),
+                Among::Replicas => format!("{} replicas", layout.parameter_copies()),
+                Among::Context => format!("{} parts of rows", layout.context),
+                Among::World => format!("all {}", layout.ranks()),
             };
             let name = format!("{}, {among}", item.name);
             row(f, &name, grouped(item.bytes))?;

@@ -137,8 +137,8 @@ impl<'a> Step<'a> {
     /// Parameters to where they are computed with, and their gradients back.
     fn parameters(&self) -> Vec<TrafficItem> {
         let (shards, replicas) = (
-            self.layout.shard,
-            self.layout.replicate * self.layout.context,
+            self.layout.parameter_shards(),
+            self.layout.parameter_copies(),
         );
         let model = self.model();
         let train = &self.config.train;
@@ -325,7 +325,7 @@ impl<'a> Step<'a> {
             exchanges,
         };
         let all = 2 * all_reduce(F32, self.layout.ranks());
-        let norm = all_reduce(F32, self.layout.shard);
+        let norm = all_reduce(F32, self.layout.parameter_shards());
         [
             item("loss and labelled tokens", Among::World, all, 2),
             item("norm of the gradient", Among::Shard, norm, 1),

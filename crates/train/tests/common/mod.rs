@@ -10,23 +10,37 @@ use burn::tensor::Tensor;
 use ttt_parallel::threads::{on_mesh, on_threads};
 use ttt_parallel::{CommError, Layout, Mesh, Pending, ProcessGroup, Receive};
 
-/// Layouts of ranks, as `replicate`, `shard`, `context`.
-pub const LAYOUTS: [[usize; 3]; 8] = [
-    [1, 1, 1],
-    [1, 2, 1],
-    [1, 4, 1],
-    [2, 1, 1],
-    [2, 2, 1],
-    [1, 1, 2],
-    [1, 3, 2],
-    [2, 2, 2],
-];
+/// Layouts of ranks, with the parameters spread over the ranks of a row or not.
+pub fn layouts() -> Vec<Layout> {
+    let apart = [
+        [1, 1, 1],
+        [1, 2, 1],
+        [1, 4, 1],
+        [2, 1, 1],
+        [2, 2, 1],
+        [1, 1, 2],
+        [1, 3, 2],
+        [2, 2, 2],
+    ];
+    let jointly = [[1, 1, 2], [1, 3, 2], [2, 2, 2]];
+    let apart = apart.into_iter().map(layout);
+    apart.chain(jointly.into_iter().map(joint)).collect()
+}
 
 pub fn layout([replicate, shard, context]: [usize; 3]) -> Layout {
     Layout {
         replicate,
         shard,
         context,
+        shard_over_context: false,
+    }
+}
+
+/// The same with the parameters spread over the ranks of a row, too.
+pub fn joint(shape: [usize; 3]) -> Layout {
+    Layout {
+        shard_over_context: true,
+        ..layout(shape)
     }
 }
 
