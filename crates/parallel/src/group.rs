@@ -59,29 +59,29 @@ pub struct Receive {
 
 /// An exchange under way.
 #[must_use = "an exchange that nobody waits for may never end"]
-pub struct Pending(Box<dyn FnOnce() -> Result<Tensor<1>, CommError> + Send>);
+pub struct Pending<T = Tensor<1>>(Box<dyn FnOnce() -> Result<T, CommError> + Send>);
 
-impl Pending {
+impl<T: Send + 'static> Pending<T> {
     /// An exchange that `wait` brings to its end.
-    pub fn new(wait: impl FnOnce() -> Result<Tensor<1>, CommError> + Send + 'static) -> Self {
+    pub fn new(wait: impl FnOnce() -> Result<T, CommError> + Send + 'static) -> Self {
         Self(Box::new(wait))
     }
 
     /// An exchange that is over.
-    pub fn done(tensor: Tensor<1>) -> Self {
-        Self::new(move || Ok(tensor))
+    pub fn done(result: T) -> Self {
+        Self::new(move || Ok(result))
     }
 
     /// The result. What is computed from it comes after the exchange; on a GPU the host goes on.
     ///
     /// # Errors
     /// If a rank is lost.
-    pub fn wait(self) -> Result<Tensor<1>, CommError> {
+    pub fn wait(self) -> Result<T, CommError> {
         (self.0)()
     }
 }
 
-impl Debug for Pending {
+impl<T> Debug for Pending<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Pending")
     }
@@ -188,6 +188,19 @@ pub trait ProcessGroup: Debug + Send + Sync {
     /// If a rank is lost, or the ranks do not divide the length.
     fn start_all_to_all(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
         self.all_to_all(tensor).map(Pending::done)
+    }
+
+    /// [`exchange`](Self::exchange), begun. Those that receive from the same rank are waited for in the
+    /// order in which they were begun.
+    ///
+    /// # Errors
+    /// If a rank is lost, or one named is not in the group.
+    fn start_exchange(
+        &self,
+        sends: Vec<(usize, Tensor<1>)>,
+        receives: Vec<Receive>,
+    ) -> Result<Pending<Vec<Tensor<1>>>, CommError> {
+        self.exchange(sends, receives).map(Pending::done)
     }
 }
 

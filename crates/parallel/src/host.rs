@@ -327,6 +327,14 @@ impl<T: Transport> ProcessGroup for HostGroup<T> {
         sends: Vec<(usize, Tensor<1>)>,
         receives: Vec<Receive>,
     ) -> Result<Vec<Tensor<1>>, CommError> {
+        self.start_exchange(sends, receives)?.wait()
+    }
+
+    fn start_exchange(
+        &self,
+        sends: Vec<(usize, Tensor<1>)>,
+        receives: Vec<Receive>,
+    ) -> Result<Pending<Vec<Tensor<1>>>, CommError> {
         let operation = Operation::Exchange;
         let ranks = sends.iter().map(|(to, _)| *to);
         for rank in ranks.chain(receives.iter().map(|due| due.from)) {
@@ -340,7 +348,10 @@ impl<T: Transport> ProcessGroup for HostGroup<T> {
         for (to, tensor) in sends {
             self.send(tag, to, tensor)?;
         }
-        receives.iter().map(|due| self.receive(tag, due)).collect()
+        let this = self.clone();
+        Ok(Pending::new(move || {
+            receives.iter().map(|due| this.receive(tag, due)).collect()
+        }))
     }
 
     fn barrier(&self) -> Result<(), CommError> {

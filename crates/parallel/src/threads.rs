@@ -190,6 +190,14 @@ impl ProcessGroup for ThreadRank {
     fn start_all_to_all(&self, tensor: Tensor<1>) -> Result<Pending, CommError> {
         self.0.start_all_to_all(tensor)
     }
+
+    fn start_exchange(
+        &self,
+        sends: Vec<(usize, Tensor<1>)>,
+        receives: Vec<Receive>,
+    ) -> Result<Pending<Vec<Tensor<1>>>, CommError> {
+        self.0.start_exchange(sends, receives)
+    }
 }
 
 #[cfg(test)]

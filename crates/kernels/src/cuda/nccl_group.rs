@@ -123,13 +123,18 @@ impl NcclGroup {
 
     /// [`finish`](Self::finish), when it is asked for.
     fn pending(&self, operation: &'static str, started: (Started, bool)) -> Pending {
-        let this = Self {
+        let this = self.again();
+        Pending::new(move || this.finish(operation, started))
+    }
+
+    /// This group, for what is asked later.
+    fn again(&self) -> Self {
+        Self {
             communicator: self.communicator.clone(),
             host: self.host.clone(),
             device: self.device.clone(),
             of_run: self.of_run,
-        };
-        Pending::new(move || this.finish(operation, started))
+        }
     }
 
     fn part(&self, operation: &'static str, tensor: &Tensor<1>) -> Result<usize, CommError> {
@@ -233,6 +238,14 @@ impl ProcessGroup for NcclGroup {
         sends: Vec<(usize, Tensor<1>)>,
         receives: Vec<Receive>,
     ) -> Result<Vec<Tensor<1>>, CommError> {
+        self.start_exchange(sends, receives)?.wait()
+    }
+
+    fn start_exchange(
+        &self,
+        sends: Vec<(usize, Tensor<1>)>,
+        receives: Vec<Receive>,
+    ) -> Result<Pending<Vec<Tensor<1>>>, CommError> {
         let operation = "exchange";
         let mut reads = vec![];
         let mut sent = vec![];
@@ -260,12 +273,16 @@ impl ProcessGroup for NcclGroup {
             });
             issue.exchange(from, into)
         });
-        let failed = |reason| self.failed(operation, reason);
-        let written = started.map_err(failed)?.wait().map_err(failed)?;
-        let received = written.into_iter().zip(&receives);
-        Ok(received
-            .map(|(buffer, due)| on_tape(buffer.tensor(), due.device.is_autodiff()))
-            .collect())
+        let started = started.map_err(|reason| self.failed(operation, reason))?;
+        let this = self.again();
+        Ok(Pending::new(move || {
+            let written = started.wait();
+            let written = written.map_err(|reason| this.failed(operation, reason))?;
+            let received = written.into_iter().zip(&receives);
+            Ok(received
+                .map(|(buffer, due)| on_tape(buffer.tensor(), due.device.is_autodiff()))
+                .collect())
+        }))
     }
 
     fn barrier(&self) -> Result<(), CommError> {

@@ -11,11 +11,14 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, Tensor};
-use ttt_parallel::{CommError, ProcessGroup, Receive};
 
-use crate::context::{Context, Fault, Payload, StateExchange};
+use crate::context::{Context, Fault, Payload};
 use crate::dtype::{cast, wide};
 use crate::packing::Packing;
+
+mod travel;
+
+pub use travel::Exchange;
 
 /// From which ranks sums come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +29,7 @@ pub enum From {
     Behind,
 }
 
-/// One exchange of sums.
+/// Which sums go where.
 #[derive(Debug)]
 pub struct Carry<'a> {
     context: &'a Context,
@@ -69,43 +72,27 @@ impl<'a> Carry<'a> {
         }
     }
 
-    /// What arrives for each row: the sum of the other ranks' `own`, `None` where no document comes from
-    /// there. `own(row)` is asked for where another rank needs it.
-    pub fn exchange(&self, own: impl Fn(usize) -> Tensor<2>) -> Vec<Option<Tensor<2>>> {
+    /// Begins to exchange the ranks' `own` sums. `own(row)` is asked for where another rank needs it.
+    pub fn start(self, own: impl Fn(usize) -> Tensor<2>) -> Exchange<'a> {
         let (rank, ranks) = (self.context.rank(), self.context.size());
         let all = 0..self.packing.rows().len();
-        let mut arrived = vec![None; all.len()];
         let crossing: Vec<usize> = all
             .filter(|&row| (0..ranks).any(|of| !self.sources(row, of).is_empty()))
             .collect();
-        if crossing.is_empty() {
-            return arrived;
-        }
-        let own: Vec<Tensor<1>> = crossing
-            .iter()
-            .map(|&row| {
-                let needed = (0..ranks).any(|of| self.sources(row, of).contains(&rank));
-                match needed {
-                    true => cast(own(row), self.dtype).reshape([-1]),
-                    false => self.zeros(self.elements()),
-                }
-            })
-            .collect();
-        let sums = self
-            .context
-            .exchange(|group| match self.context.settings.states {
-                StateExchange::AllToAll => self.by_slices(group, &crossing, &own),
-                StateExchange::Chain => self.by_chain(group, &crossing, &own),
-                StateExchange::AllGather => self.by_gathering(group, &crossing, &own),
-            });
-        for (i, &row) in crossing.iter().enumerate() {
-            if !self.sources(row, rank).is_empty() {
-                let sum = sums.as_ref().and_then(|sums| sums[i].clone());
-                let sum = sum.unwrap_or_else(|| self.zeros(self.elements()));
-                arrived[row] = Some(sum.reshape(self.shape));
+        let own = crossing.iter().map(|&row| {
+            let needed = (0..ranks).any(|of| self.sources(row, of).contains(&rank));
+            match needed {
+                true => cast(own(row), self.dtype).reshape([-1]),
+                false => self.zeros(self.elements()),
             }
-        }
-        arrived
+        });
+        let own = own.collect();
+        Exchange::start(self, crossing, own)
+    }
+
+    /// Whether something arrives for `row`.
+    fn arrives(&self, row: usize) -> bool {
+        !self.sources(row, self.context.rank()).is_empty()
     }
 
     /// The ranks whose sums rank `of` needs for `row`: next to it, up to where its document ends.
@@ -197,121 +184,6 @@ impl<'a> Carry<'a> {
 
     fn unpacked(&self, sums: Tensor<1>) -> Tensor<1> {
         cast(sums, self.dtype)
-    }
-
-    /// Every rank adds up one slice for all ranks.
-    fn by_slices(
-        &self,
-        group: &dyn ProcessGroup,
-        rows: &[usize],
-        own: &[Tensor<1>],
-    ) -> Result<Vec<Option<Tensor<1>>>, CommError> {
-        let ranks = group.size();
-        let slice = self.elements().div_ceil(ranks); // M
-        let padding = slice * ranks - self.elements();
-        // own: [R, P, M] → [P, R, M], part by part for the ranks
-        let own = own.iter().map(|sum| match padding {
-            0 => sum.clone(),
-            _ => Tensor::cat(vec![sum.clone(), self.zeros(padding)], 0),
-        });
-        let turned = |flat: Tensor<1>, [a, b]: [usize; 2]| {
-            let t: Tensor<3> = flat.reshape([a, b, slice]);
-            t.swap_dims(0, 1).reshape([-1])
-        };
-        let own = turned(Tensor::cat(own.collect(), 0), [rows.len(), ranks]);
-        let slices = self.unpacked(group.all_to_all(self.packed(own))?);
-        // slices: [P, R, M], from rank j what it has of this rank's slice
-        let at = |rank: usize, row: usize| {
-            let begin = (rank * rows.len() + row) * slice;
-            slices.clone().narrow(0, begin, slice)
-        };
-        let sums: Vec<_> = rows
-            .iter()
-            .enumerate()
-            .map(|(i, &row)| {
-                let all: Vec<Tensor<1>> = (0..ranks).map(|rank| at(rank, i)).collect();
-                self.scan(row, &all)
-            })
-            .collect();
-        let parts = (0..ranks).flat_map(|rank| {
-            let of_rank = sums.iter().map(move |of_row| of_row[rank].clone());
-            of_rank.map(|sum| sum.unwrap_or_else(|| self.zeros(slice)))
-        });
-        let sums = self.packed(Tensor::cat(parts.collect(), 0));
-        let sums = self.unpacked(group.all_to_all(sums)?);
-        // [P, R, M] → [R, P, M], the slices of each row's sum
-        let sums = turned(sums, [ranks, rows.len()]);
-        let each = slice * ranks;
-        let row = |i: usize| sums.clone().narrow(0, i * each, self.elements());
-        Ok((0..rows.len()).map(|i| Some(row(i))).collect())
-    }
-
-    /// Every rank adds up what it needs itself.
-    fn by_gathering(
-        &self,
-        group: &dyn ProcessGroup,
-        rows: &[usize],
-        own: &[Tensor<1>],
-    ) -> Result<Vec<Option<Tensor<1>>>, CommError> {
-        let own = self.packed(Tensor::cat(own.to_vec(), 0));
-        let all = self.unpacked(group.all_gather(own)?);
-        let each = self.elements();
-        let sums = rows.iter().enumerate().map(|(i, &row)| {
-            let of_rank = |rank: usize| {
-                let begin = (rank * rows.len() + i) * each;
-                all.clone().narrow(0, begin, each)
-            };
-            let all: Vec<Tensor<1>> = (0..group.size()).map(of_rank).collect();
-            self.scan(row, &all).swap_remove(group.rank())
-        });
-        Ok(sums.collect())
-    }
-
-    /// Every rank waits for its neighbour's sum, adds its own and sends it on.
-    fn by_chain(
-        &self,
-        group: &dyn ProcessGroup,
-        rows: &[usize],
-        own: &[Tensor<1>],
-    ) -> Result<Vec<Option<Tensor<1>>>, CommError> {
-        let order = self.order();
-        let at = order.iter().position(|&rank| rank == group.rank());
-        let at = at.unwrap_or_default();
-        let given = |of: usize| -> Vec<bool> {
-            let given = rows.iter().map(|&row| !self.sources(row, of).is_empty());
-            given.collect()
-        };
-        let mut sums = vec![None; rows.len()];
-        let needed = given(group.rank());
-        let count = needed.iter().filter(|&&needed| needed).count();
-        if count > 0 {
-            let receive = Receive {
-                from: order[at - 1],
-                len: count * self.elements(),
-                dtype: self.packed(self.zeros(1)).dtype(),
-                device: self.device.clone(),
-            };
-            let mut received = group.exchange(vec![], vec![receive])?;
-            let received = self.unpacked(received.swap_remove(0));
-            let mut begin = 0;
-            for (sum, _) in sums.iter_mut().zip(needed).filter(|(_, needed)| *needed) {
-                *sum = Some(received.clone().narrow(0, begin, self.elements()));
-                begin += self.elements();
-            }
-        }
-        if let Some(&next) = order.get(at + 1) {
-            let next_needs = given(next);
-            let grown = rows.iter().enumerate().filter(|(i, _)| next_needs[*i]);
-            let grown = grown.filter_map(|(i, &row)| {
-                self.grown(row, next, sums[i].clone(), Some(own[i].clone()))
-            });
-            let grown: Vec<Tensor<1>> = grown.collect();
-            if !grown.is_empty() {
-                let sends = vec![(next, self.packed(Tensor::cat(grown, 0)))];
-                group.exchange(sends, vec![])?;
-            }
-        }
-        Ok(sums)
     }
 }
 

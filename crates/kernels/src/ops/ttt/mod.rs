@@ -6,10 +6,12 @@
 //! The state `S = Σ V_jᵀ Z_j` is kept in f32 and the weight is rounded once per chunk; the
 //! backward pass peels the same sums off again, so that two D×F buffers serve any number of chunks.
 
-mod carry;
+pub mod carry;
 mod conv;
 pub mod oracle;
 mod scan;
 
 pub use conv::{chunk_conv, shift_targets};
+#[cfg(feature = "cuda")]
+pub(crate) use scan::{Gradients, Outcome};
 pub use scan::{Scan, ScanSpec, apply_state, fast_weight_scan, outer_update};

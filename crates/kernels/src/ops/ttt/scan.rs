@@ -4,11 +4,14 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 
-use super::carry::{Carry, From};
+use super::carry::{Carry, Exchange, From};
 use crate::context::{Context, Fault};
-use crate::dtype::{cast, widen};
 use crate::function::{Forward, Function, Value, apply_with_extra};
-use crate::packing::{Packing, Piece, Write};
+use crate::packing::{Packing, Piece};
+
+mod reference;
+
+pub use reference::{apply_state, outer_update};
 
 /// How the fast weight learns.
 #[derive(Clone, Debug)]
@@ -65,42 +68,30 @@ pub fn fast_weight_scan(z: Tensor<3>, v: Tensor<3>, w0: Tensor<2>, spec: ScanSpe
     }
 }
 
-/// Z (W0 + η S)ᵀ: z `[T, F]` → `[T, D]`; without a state, Z W0ᵀ. The weight is rounded to z's
-/// precision once, after the sum.
-pub fn apply_state(z: Tensor<2>, w0: &Tensor<2>, state: Option<&Tensor<2>>, lr: f64) -> Tensor<2> {
-    let weight = effective_weight(w0, state, lr);
-    z.clone().matmul(cast(weight, z.dtype()).transpose())
+/// What a forward pass computes.
+#[derive(Debug)]
+pub struct Outcome {
+    /// `[B, N, D]`
+    pub output: Tensor<3>,
+    /// Largest ‖S‖_F where a document ends, 0 where none has a state: `[1]`.
+    pub norm: Tensor<1>,
+    /// The state at the end of each row, if its last document had one.
+    pub last: Vec<Option<Tensor<2>>>,
+    /// The state that each row began with, if its first document has one.
+    pub arrived: Vec<Option<Tensor<2>>>,
 }
 
-/// VᵀZ in f32, scaled down to a norm of at most `clip`: v `[T, D]`, z `[T, F]` → `[D, F]`.
-pub fn outer_update(v: Tensor<2>, z: Tensor<2>, clip: Option<f64>) -> Tensor<2> {
-    let delta = widen(v).transpose().matmul(widen(z));
-    match clip {
-        None => delta,
-        Some(limit) => {
-            // min(1, limit / norm); a zero update stays zero.
-            let norm = frobenius(&delta).clamp_min(f64::from(f32::MIN_POSITIVE));
-            let factor = norm.recip().mul_scalar(limit).clamp_max(1.0);
-            delta * factor.unsqueeze::<2>()
-        }
-    }
-}
-
-fn frobenius(matrix: &Tensor<2>) -> Tensor<1> {
-    matrix.clone().square().sum().sqrt()
-}
-
-/// W0 + η S in f32.
-fn effective_weight(w0: &Tensor<2>, state: Option<&Tensor<2>>, lr: f64) -> Tensor<2> {
-    match state {
-        None => w0.clone(),
-        Some(state) => cast(w0.clone(), state.dtype()) + state.clone().mul_scalar(lr),
-    }
-}
-
-/// Rows `piece` of row `b`: `[B, N, X]` → `[T, X]`.
-fn take(x: &Tensor<3>, b: usize, range: Range<usize>) -> Tensor<2> {
-    x.clone().slice([b..b + 1, range]).squeeze_dim(0)
+/// What a backward pass computes.
+#[derive(Debug)]
+pub struct Gradients {
+    /// `[B, N, F]`
+    pub z: Tensor<3>,
+    /// `[B, N, D]`
+    pub v: Tensor<3>,
+    /// `[D, F]`
+    pub w0: Tensor<2>,
+    /// Σ dOᵀZ of what reads a row's last document on the ranks behind.
+    pub returned: Vec<Option<Tensor<2>>>,
 }
 
 #[derive(Debug)]
@@ -129,11 +120,10 @@ impl FastWeightScan {
         (0..rows).map(|row| self.pieces(row)).collect()
     }
 
-    /// The state that each row begins with: `[D, F]` f32, `None` where no document comes from the ranks
-    /// before.
-    fn arriving(&self, z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>) -> Vec<Option<Tensor<2>>> {
+    /// Begins to exchange the states that rows begin with.
+    fn arriving(&self, z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>) -> Exchange<'_> {
         let Some(context) = &self.spec.context else {
-            return vec![None; z.dims()[0]];
+            return Exchange::none(z.dims()[0]);
         };
         // What the document that is open at the end has written here.
         let written = |row: usize| {
@@ -152,14 +142,13 @@ impl FastWeightScan {
             });
             each.reduce(|a, b| a + b).expect("a document has pieces")
         };
-        Carry::new(context, &self.spec.packing, From::Before, w0.dims(), z).exchange(written)
+        Carry::new(context, &self.spec.packing, From::Before, w0.dims(), z).start(written)
     }
 
-    /// Σ dOᵀZ of what reads a row's fast weights on the ranks behind: `[D, F]` f32, `None` where no
-    /// document goes on there.
-    fn returning(&self, z: &Tensor<3>, dy: &Tensor<3>, w0: &Tensor<2>) -> Vec<Option<Tensor<2>>> {
+    /// Begins to exchange Σ dOᵀZ of what reads a row's fast weights on the ranks behind.
+    fn returning(&self, z: &Tensor<3>, dy: &Tensor<3>, w0: &Tensor<2>) -> Exchange<'_> {
         let Some(context) = &self.spec.context else {
-            return vec![None; z.dims()[0]];
+            return Exchange::none(z.dims()[0]);
         };
         // Of the document that was open at the beginning: all of its pieces read what arrived.
         let read = |row: usize| {
@@ -168,17 +157,22 @@ impl FastWeightScan {
             let end = carried.last().map_or(0, |piece| piece.range.end);
             outer(dy, z, row, 0..end)
         };
-        Carry::new(context, &self.spec.packing, From::Behind, w0.dims(), z).exchange(read)
+        Carry::new(context, &self.spec.packing, From::Behind, w0.dims(), z).start(read)
     }
 
-    /// What of `arriving` the backward pass has to know: it peels the state of a row's last document,
+    /// What of `arrived` the backward pass has to know: it peels the state of a row's last document,
     /// and sums up that of an earlier one again.
-    fn kept(&self, arriving: Vec<Option<Tensor<2>>>) -> Vec<Option<Tensor<2>>> {
-        let rows = arriving.into_iter().enumerate();
+    fn kept(&self, arrived: Vec<Option<Tensor<2>>>) -> Vec<Option<Tensor<2>>> {
+        let rows = arrived.into_iter().enumerate();
         let ends = |row| self.pieces(row).last().is_some_and(|piece| !piece.carried);
         rows.map(|(row, state)| state.filter(|_| ends(row)))
             .collect()
     }
+}
+
+/// Rows `piece` of row `b`: `[B, N, X]` → `[T, X]`.
+fn take(x: &Tensor<3>, b: usize, range: Range<usize>) -> Tensor<2> {
+    x.clone().slice([b..b + 1, range]).squeeze_dim(0)
 }
 
 /// aᵀ b of the tokens `range` of row `row`, f32: `[B, N, D]`, `[B, N, F]` → `[D, F]`.
@@ -195,169 +189,92 @@ impl Function<3> for FastWeightScan {
 
     fn forward(&self, [z, v, w0]: [Value; 3]) -> Forward<Saved> {
         let (z, v, w0) = (z.tensor::<3>(), v.tensor::<3>(), w0.tensor::<2>());
-        let spec = &self.spec;
-        let arriving = self.arriving(&z, &v, &w0);
-        let all_pieces = self.all_pieces();
-        #[cfg(feature = "cuda")]
-        if spec.clip.is_none() {
-            let shape = crate::cuda::ttt::Shape {
-                pieces: &all_pieces,
-                lr: spec.lr,
-            };
-            if let Some(done) = crate::cuda::ttt::forward(&z, &v, &w0, &arriving, &shape) {
-                return Forward {
-                    output: done.output.into(),
-                    extra: vec![done.norm.into()],
-                    saved: Saved {
-                        z,
-                        v,
-                        w0,
-                        last: done.last,
-                        first: self.kept(arriving),
-                    },
-                };
-            }
-        }
-        let mut outputs = vec![];
-        let mut last = vec![];
-        let mut norms = vec![Tensor::<1>::zeros(
-            [1],
-            (&z.device(), crate::dtype::wide(z.dtype())),
-        )];
-        for (row, pieces) in all_pieces.into_iter().enumerate() {
-            let mut state = arriving[row].clone();
-            let mut row_output = vec![];
-            let reads_at_end = pieces.last().is_some_and(|piece| piece.reads);
-            for piece in pieces {
-                let tz = take(&z, row, piece.range.clone());
-                let read = state.as_ref().filter(|_| piece.reads);
-                row_output.push(apply_state(tz.clone(), &w0, read, spec.lr));
-                if piece.reads && piece.write == Write::Nothing {
-                    norms.push(frobenius(read.expect("a piece that reads follows a write")));
-                }
-                if piece.write != Write::Nothing {
-                    let delta = outer_update(take(&v, row, piece.range), tz, spec.clip);
-                    state = match (piece.write, state) {
-                        (Write::Add, Some(sum)) => Some(sum + delta),
-                        _ => Some(delta),
-                    };
-                }
-            }
-            last.push(state.filter(|_| reads_at_end));
-            outputs.push(Tensor::cat(row_output, 0).unsqueeze::<3>());
-        }
+        let exchange = self.arriving(&z, &v, &w0);
+        let done = self.outcome([&z, &v], &w0, exchange);
         Forward {
-            output: Tensor::cat(outputs, 0).into(),
-            extra: vec![Tensor::cat(norms, 0).max().into()],
+            output: done.output.into(),
+            extra: vec![done.norm.into()],
             saved: Saved {
                 z,
                 v,
                 w0,
-                last,
-                first: self.kept(arriving),
+                last: done.last,
+                first: self.kept(done.arrived),
             },
         }
     }
 
-    /// Walking back over the chunks of a document, with W the weight a chunk read and G the sum of
-    /// dOᵀZ over the later chunks: dZ = dO W + η V G, dV = η Z Gᵀ, and S −= VᵀZ before a chunk
-    /// that was added is differentiated. G begins with what returns from the ranks behind; dW0 is dOᵀZ of
-    /// this rank's tokens alone, since theirs have been counted there.
     fn backward(self, saved: Saved, grad: Value, _: [bool; 3]) -> [Option<Value>; 3] {
-        let Saved {
-            z,
-            v,
-            w0,
-            last,
-            first,
-        } = saved;
-        #[cfg(feature = "cuda")]
-        let mut last = last;
         let dy = grad.tensor::<3>();
-        let (lr, dtype) = (self.spec.lr, z.dtype());
-        let returning = self.returning(&z, &dy, &w0);
-        #[cfg(feature = "cuda")]
-        {
-            let pieces = self.all_pieces();
-            let shape = crate::cuda::ttt::Shape {
-                pieces: &pieces,
-                lr,
-            };
-            let carried = crate::cuda::ttt::Carried {
-                first: &first,
-                behind: &returning,
-            };
-            let done = crate::cuda::ttt::backward(&z, &v, &w0, &mut last, carried, &dy, &shape);
-            if let Some((dz, dv, dw0)) = done {
-                return [Some(dz.into()), Some(dv.into()), Some(dw0.into())];
-            }
-        }
-        let (mut dzs, mut dvs) = (vec![], vec![]);
-        for (row, mut state) in last.into_iter().enumerate() {
-            let mut later = returning[row].clone(); // G
-            let (mut row_dz, mut row_dv) = (vec![], vec![]);
-            for piece in self.pieces(row).into_iter().rev() {
-                let tz = take(&z, row, piece.range.clone());
-                let tv = take(&v, row, piece.range.clone());
-                let tdy = take(&dy, row, piece.range.clone());
-                if piece.write == Write::Add {
-                    let delta = outer_update(tv.clone(), tz.clone(), None);
-                    state = state.map(|sum| sum - delta);
-                }
-                if piece.reads && state.is_none() {
-                    // An earlier document of the row: its state was not kept, so sum it again.
-                    let written = piece.document_start..piece.range.start;
-                    let arrived = first[row].clone().filter(|_| piece.carried);
-                    state = match (arrived, written.is_empty()) {
-                        (arrived, true) => arrived,
-                        (None, false) => Some(outer(&v, &z, row, written)),
-                        (Some(sum), false) => Some(sum + outer(&v, &z, row, written)),
-                    };
-                }
-                let read = state.as_ref().filter(|_| piece.reads);
-                let weight = cast(effective_weight(&w0, read, lr), dtype);
-                let mut dz = tdy.clone().matmul(weight);
-                let mut dv = tv.zeros_like();
-                if let (true, Some(g)) = (piece.write != Write::Nothing, &later) {
-                    let g = cast(g.clone(), dtype);
-                    dz = dz + tv.matmul(g.clone()).mul_scalar(lr);
-                    dv = tz.clone().matmul(g.transpose()).mul_scalar(lr);
-                }
-                row_dz.push(dz);
-                row_dv.push(dv);
-                let continues = piece.write == Write::Add;
-                later = piece.reads.then(|| {
-                    let own = outer_update(tdy, tz, None);
-                    match later.filter(|_| continues) {
-                        Some(sum) => sum + own,
-                        None => own,
-                    }
-                });
-                if !piece.reads {
-                    state = None;
-                }
-            }
-            let join = |mut parts: Vec<Tensor<2>>| {
-                parts.reverse();
-                Tensor::cat(parts, 0).unsqueeze::<3>()
-            };
-            dzs.push(join(row_dz));
-            dvs.push(join(row_dv));
-        }
-        let flat = |t: Tensor<3>| -> Tensor<2> {
-            let [rows, tokens, width] = t.dims();
-            t.reshape([rows * tokens, width])
-        };
-        let mut dw0 = cast(outer_update(flat(dy), flat(z), None), w0.dtype());
+        let exchange = self.returning(&saved.z, &dy, &saved.w0);
+        let mut done = self.gradients(saved, dy, exchange);
         if let Some(context) = &self.spec.context
             && context.planted(Fault::SuffixInWeightGradient)
         {
-            dw0 = returning.into_iter().flatten().fold(dw0, |a, b| a + b);
+            done.w0 = done
+                .returned
+                .into_iter()
+                .flatten()
+                .fold(done.w0, |a, b| a + b);
         }
         [
-            Some(Tensor::cat(dzs, 0).into()),
-            Some(Tensor::cat(dvs, 0).into()),
-            Some(dw0.into()),
+            Some(done.z.into()),
+            Some(done.v.into()),
+            Some(done.w0.into()),
         ]
+    }
+}
+
+impl FastWeightScan {
+    fn outcome(&self, zv: [&Tensor<3>; 2], w0: &Tensor<2>, exchange: Exchange) -> Outcome {
+        let ScanSpec { lr, clip, .. } = self.spec;
+        let pieces = self.all_pieces();
+        #[cfg(feature = "cuda")]
+        if clip.is_none() {
+            use crate::cuda::ttt;
+            let shape = ttt::Shape {
+                pieces: &pieces,
+                lr,
+            };
+            if let Some(scan) = ttt::Forward::new(zv, w0, &shape) {
+                return scan.run(exchange);
+            }
+        }
+        reference::forward(zv, w0, (lr, clip), &pieces, exchange)
+    }
+
+    fn gradients(&self, saved: Saved, dy: Tensor<3>, exchange: Exchange) -> Gradients {
+        let lr = self.spec.lr;
+        let pieces = self.all_pieces();
+        #[cfg(feature = "cuda")]
+        let saved = {
+            use crate::cuda::ttt;
+            let Saved {
+                z,
+                v,
+                w0,
+                mut last,
+                first,
+            } = saved;
+            let shape = ttt::Shape {
+                pieces: &pieces,
+                lr,
+            };
+            let states = ttt::States {
+                last: &mut last,
+                first: &first,
+            };
+            if let Some(scan) = ttt::Backward::new([&z, &v], &w0, states, &dy, &shape) {
+                return scan.run(exchange);
+            }
+            Saved {
+                z,
+                v,
+                w0,
+                last,
+                first,
+            }
+        };
+        reference::backward(saved, dy, lr, &pieces, exchange)
     }
 }

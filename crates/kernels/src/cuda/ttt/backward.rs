@@ -1,0 +1,299 @@
+//! The backward pass.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Tensor};
+
+use super::{Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs, matrices};
+use crate::cuda::stream::{Arg, Buffer, Context, on_stream};
+use crate::ops::ttt::Gradients;
+use crate::ops::ttt::carry::Exchange;
+use crate::packing::Write;
+
+/// What the forward pass kept, f32 where a row has any.
+#[derive(Debug)]
+pub struct States<'a> {
+    /// The state at the end of a row; used up.
+    pub last: &'a mut [Option<Tensor<2>>],
+    /// The state that a row began with, where the document it belongs to is not the row's last.
+    pub first: &'a [Option<Tensor<2>>],
+}
+
+/// A backward pass and its memory.
+pub struct Backward<'a> {
+    i: Inputs,
+    shape: &'a Shape<'a>,
+    rows: Vec<Vec<Group<'a>>>,
+    dy: Buffer,
+    last: Vec<Option<Buffer>>,
+    first: Vec<Option<Buffer>>,
+    dz: Buffer,
+    dv: Buffer,
+    dw0: Buffer,
+    /// G and S of the row at hand.
+    later: Buffer,
+    state: Buffer,
+    /// Slabs: of VᵀZ, then the weights that pieces read; of dOᵀZ, then of the sums of later pieces.
+    weights: Buffer,
+    sums: Buffer,
+    /// dW0 holds a sum.
+    begun: bool,
+    /// The slabs hold the products of the group that is next.
+    filled: bool,
+}
+
+/// Groups of a row that follow each other.
+struct Job {
+    row: usize,
+    groups: Range<usize>,
+    /// Whether they end with the row.
+    last: bool,
+}
+
+impl<'a> Backward<'a> {
+    /// Of what [`super::Forward`] was given, and the output's gradient; `None` if there are no kernels
+    /// for them.
+    pub fn new(
+        [z, v]: [&Tensor<3>; 2],
+        w0: &Tensor<2>,
+        states: States,
+        dy: &Tensor<3>,
+        shape: &'a Shape<'a>,
+    ) -> Option<Self> {
+        let i = inputs(z, v, w0)?;
+        let first = matrices(states.first)?;
+        let dy = Buffer::of(dy).filter(|b| b.dtype() == DType::BF16)?;
+        let s = &i.sizes;
+        let most = s.most(shape.pieces);
+        let rows = shape.pieces.len();
+        let [dw0, later, state] = [(); 3].map(|()| i.z.empty([s.d, s.f], DType::F32));
+        let [weights, sums] = [(); 2].map(|()| i.z.empty([most, s.d, s.f], DType::BF16));
+        // Copied before it is peeled: the tape may still hold the kept state.
+        let last = states.last.iter_mut();
+        let last = last.map(|kept| kept.take().and_then(|t| Buffer::of(&t)));
+        Some(Self {
+            rows: shape.pieces.iter().map(|p| groups(p, most)).collect(),
+            dz: i.z.empty([rows, s.length, s.f], DType::BF16),
+            dv: i.z.empty([rows, s.length, s.d], DType::BF16),
+            last: last.collect(),
+            first,
+            dy,
+            dw0,
+            later,
+            state,
+            weights,
+            sums,
+            begun: false,
+            filled: false,
+            shape,
+            i,
+        })
+    }
+
+    /// All of it; the documents that end here while the gradients of the others' fast weights are on
+    /// their way.
+    pub fn run(mut self, mut exchange: Exchange) -> Gradients {
+        let (mut own, mut open) = (vec![], vec![]);
+        for (row, all) in self.rows.iter().enumerate() {
+            let begin = match exchange.arrives(row) {
+                true => open_at(all),
+                false => all.len(),
+            };
+            let job = |groups: Range<usize>| Job {
+                row,
+                last: groups.end == all.len(),
+                groups,
+            };
+            own.extend((begin > 0).then(|| job(0..begin)));
+            open.extend((begin < all.len()).then(|| job(begin..all.len())));
+        }
+        let at_once = match exchange.travels() {
+            true => 1,
+            false => own.len().max(1),
+        };
+        for jobs in own.chunks(at_once) {
+            self.walk(jobs, &vec![None; self.rows.len()]);
+            exchange.pass_on();
+        }
+        self.fill(open.first(), &mut exchange);
+        let returned = exchange.finish();
+        if !open.is_empty() {
+            self.walk(&open, &arrived(&returned));
+        }
+        Gradients {
+            z: self.dz.tensor(),
+            v: self.dv.tensor(),
+            w0: self.dw0.tensor(),
+            returned,
+        }
+    }
+
+    /// The products of the first group that needs what returns, some before what others wait for is
+    /// passed on, some after it.
+    fn fill(&mut self, job: Option<&Job>, exchange: &mut Exchange) {
+        let Some(job) = job else { return };
+        let group = &self.rows[job.row][job.groups.end - 1];
+        let (i, lr) = (&self.i, self.shape.lr);
+        let reads = [&i.z, &i.v, &i.w0, &self.dy];
+        for of_updates in [true, false] {
+            on_stream(&reads, &[&self.weights, &self.sums], |cx, from, to| {
+                let pass = Pass::new(i, from, lr);
+                let products = Products {
+                    pass: &pass,
+                    dy: from[3],
+                    slabs: (to[0], to[1]),
+                };
+                match of_updates {
+                    true => products.updates(cx, job.row, group),
+                    false => products.gradients(cx, job.row, group),
+                }
+            });
+            exchange.pass_on();
+        }
+        self.filled = true;
+    }
+
+    /// The groups of `jobs`, backwards; for each row, G at its end.
+    fn walk(&mut self, jobs: &[Job], behind: &[Option<Buffer>]) {
+        let (i, lr) = (&self.i, self.shape.lr);
+        let s = &i.sizes;
+        // Three lists of matrices follow, each without its gaps.
+        let lists = [&self.last[..], &self.first, behind];
+        let mut reads = vec![&i.z, &i.v, &i.w0, &self.dy];
+        reads.extend(lists.iter().flat_map(|list| list.iter().flatten()));
+        let writes = [
+            &self.dz,
+            &self.dv,
+            &self.dw0,
+            &self.later,
+            &self.state,
+            &self.weights,
+            &self.sums,
+        ];
+        let rows = &self.rows;
+        let begun = std::mem::replace(&mut self.begun, true);
+        let mut filled = std::mem::take(&mut self.filled);
+        on_stream(&reads, &writes, |cx, from, to| {
+            let dy = from[3];
+            let (dz, dv, dw0, later, state) = (to[0], to[1], to[2], to[3], to[4]);
+            let (weights, sums) = (to[5], to[6]);
+            let pass = Pass::new(i, from, lr);
+            let products = Products {
+                pass: &pass,
+                dy,
+                slabs: (weights, sums),
+            };
+            if !begun {
+                cx.zero(dw0, 4 * s.elements())?;
+            }
+            let mut at = 4;
+            let [kept, first, behind] = lists.map(|list| addresses(list, from, &mut at));
+            for job in jobs {
+                let row = job.row;
+                let all = &rows[row];
+                let kept = kept[row].filter(|_| job.last);
+                let behind = behind[row].filter(|_| job.last);
+                let (mut has_state, mut has_later) = (kept.is_some(), behind.is_some());
+                for (to, source) in [(state, kept), (later, behind)] {
+                    if let Some(source) = source {
+                        cx.copy(to, source, 4 * s.elements())?;
+                    }
+                }
+                for at in job.groups.clone().rev() {
+                    let group = &all[at];
+                    if group.ends_document() && !has_state {
+                        // An earlier document of the row: its state was not kept, so sum it again.
+                        let start = group.last().document_start;
+                        if let (true, Some(source)) = (group.last().carried, first[row]) {
+                            cx.copy(state, source, 4 * s.elements())?;
+                        }
+                        let of_document = |g: &&Group| g.last().range.end > start;
+                        for earlier in all[..=at].iter().filter(of_document) {
+                            pass.updates(cx, row, earlier, weights)?;
+                            pass.forward(cx, earlier, (weights, state), false)?;
+                        }
+                        has_state = true;
+                    }
+                    let (mut gets, mut keeps) = (0u32, 0u32);
+                    for (bit, piece) in group.pieces.iter().enumerate().rev() {
+                        let writes = u32::from(piece.write != Write::Nothing && has_later);
+                        let adds = u32::from(piece.write == Write::Add && has_later);
+                        gets |= writes << bit;
+                        keeps |= adds << bit;
+                        has_later = piece.reads;
+                        has_state &= piece.reads;
+                    }
+                    if !std::mem::take(&mut filled) {
+                        products.updates(cx, row, group)?;
+                        products.gradients(cx, row, group)?;
+                    }
+                    let args = [
+                        Arg::Ptr(weights),
+                        Arg::Ptr(sums),
+                        Arg::Ptr(state),
+                        Arg::Ptr(later),
+                        Arg::Ptr(dw0),
+                        Arg::Ptr(pass.w0),
+                        pass.w0_is_f32,
+                        Arg::Float(pass.lr),
+                        Arg::Int(group.pieces.len() as i32),
+                        Arg::Bits(group.reads()),
+                        Arg::Bits(group.adds()),
+                        Arg::Bits(gets),
+                        Arg::Bits(keeps),
+                        Arg::Size(s.elements() as u64),
+                    ];
+                    cx.launch("scan_backward", s.grid(), 256, &args)?;
+                    let z = s.rows(pass.z, row, group, s.f);
+                    let v = s.rows(pass.v, row, group, s.d);
+                    let dy = s.rows(dy, row, group, s.d);
+                    let (weights, sums) = (s.slots(weights, group), s.slots(sums, group));
+                    let (dz, dv) = (s.rows(dz, row, group, s.f), s.rows(dv, row, group, s.d));
+                    cx.gemm(dy, weights, dz, 1.0, 0.0)?;
+                    if gets == 0 {
+                        let bytes = dv.rows * dv.columns * group.pieces.len() * 2;
+                        cx.zero(dv.at, bytes)?;
+                    } else {
+                        cx.gemm(v, sums, dz, 1.0, 1.0)?;
+                        cx.gemm(z, sums.t(), dv, 1.0, 0.0)?;
+                    }
+                }
+            }
+            Ok(())
+        });
+    }
+}
+
+/// The first group with a piece of the row's last document.
+fn open_at(all: &[Group]) -> usize {
+    let last = all.last().map(|group| group.last().document_start);
+    let begin = last.unwrap_or(0);
+    let before = all.iter().take_while(|g| g.last().range.end <= begin);
+    before.count()
+}
+
+/// What is multiplied for a group before its weights and sums are known.
+struct Products<'a> {
+    pass: &'a Pass<'a>,
+    dy: u64,
+    /// Of updates and of gradients.
+    slabs: (u64, u64),
+}
+
+impl Products<'_> {
+    /// VᵀZ of the pieces that were added.
+    fn updates(&self, cx: &mut Context, row: usize, group: &Group) -> Result<(), String> {
+        match group.adds() {
+            0 => Ok(()),
+            _ => self.pass.updates(cx, row, group, self.slabs.0),
+        }
+    }
+
+    /// dOᵀZ of all.
+    fn gradients(&self, cx: &mut Context, row: usize, group: &Group) -> Result<(), String> {
+        let s = self.pass.s;
+        let dy = s.rows(self.dy, row, group, s.d);
+        let z = s.rows(self.pass.z, row, group, s.f);
+        cx.gemm(dy.t(), z, s.slots(self.slabs.1, group), 1.0, 0.0)
+    }
+}
