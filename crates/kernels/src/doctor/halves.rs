@@ -76,6 +76,24 @@ pub fn all() -> Vec<Op> {
             ..causal.clone()
         }
         .attention("normed heads, a part of rows"),
+        // Documents, so that queries, keys and values lie apart.
+        Half {
+            window: Some(80),
+            packing: Some(packed(2, 600)),
+            shared: true,
+            ..causal.clone()
+        }
+        .attention("documents, a part of rows"),
+        Half {
+            window: Some(80),
+            groups: 4,
+            joined: true,
+            qk_norm: true,
+            packing: Some(packed(2, 600)),
+            shared: true,
+            ..causal.clone()
+        }
+        .attention("normed heads, documents, a part of rows"),
         mlp(2, 101, 96, 264, false),
         mlp(1, 130, 1024, 128, true),
         mlp(3, 333, 192, 384, false),

@@ -45,7 +45,7 @@ pub fn attention(
     };
     let heads = half.heads(batch * tokens, w.q.dims()[0], w.k.dims()[0]);
     heads.check(w.qk_norm.is_some())?;
-    let fits = |s: SharedAttention| !heads.split && s.is_own_but_for_the_first(heads.groups);
+    let fits = |s: SharedAttention| s.is_own_but_for_the_first(heads.groups);
     if SharedAttention::new(spec).is_some_and(|shared| !fits(shared)) {
         return None;
     }
@@ -205,35 +205,40 @@ impl Function<8> for Attention {
         let raw = self.qk_norm.then(|| i.x.empty([t, s], DType::BF16));
         let mixed = i.x.empty([t, i.mixed()], DType::BF16);
         let sums = i.x.empty(call.statistics(), DType::F32);
-        let mut reads = i.reads();
-        reads.extend(&call.documents);
-        let mut writes = vec![&n, &qkv, &mixed, &sums];
+        let mut writes = vec![&n, &qkv];
         writes.extend(&raw);
-        on_stream(&reads, &writes, |cx, from, to| {
+        on_stream(&i.reads(), &writes, |cx, from, to| {
             i.norm.forward(cx, to[0], from[at::X], from[at::GAIN])?;
-            let projected = to.get(4).copied().unwrap_or(to[1]);
+            let projected = to.get(2).copied().unwrap_or(to[1]);
             let n = i.bf16(to[0], d);
             let rows = i.heads.matrices(projected);
             i.weights(from).forward(cx, n, &rows)?;
             let tables = (from[at::COS], from[at::SIN]);
             let gains = (from[at::Q_GAIN], from[at::K_GAIN]);
             match self.qk_norm {
-                false => i.heads.rotate(cx, to[1], &i.extents, tables, 1.0)?,
+                false => i.heads.rotate(cx, to[1], &i.extents, tables, 1.0),
                 true => i.heads.norm_rotate(
                     cx,
                     (to[1], projected),
                     &i.extents,
                     tables,
                     (gains, &i.gains[0]),
-                )?,
+                ),
             }
-            let [q, k, v] = i.heads.qkv(to[1]);
-            let addresses = vec![q, k, v, to[2], to[3]];
-            call.run(cx, addresses, from.get(at::END).copied())
         });
-        let (mixed, first) = match SharedAttention::new(&self.spec) {
+        // Keys travel while this rank's tokens attend to each other.
+        let edge = SharedAttention::new(&self.spec).map(|shared| Edge::new(shared, &i));
+        let strips = edge.as_ref().map(|edge| edge.begin(&qkv));
+        let mut reads = vec![&qkv];
+        reads.extend(&call.documents);
+        on_stream(&reads, &[&mixed, &sums], |cx, from, to| {
+            let [q, k, v] = i.heads.qkv(from[0]);
+            let addresses = vec![q, k, v, to[0], to[1]];
+            call.run(cx, addresses, from.get(1).copied())
+        });
+        let (mixed, first) = match edge.zip(strips) {
             None => (mixed, None),
-            Some(shared) => Edge::new(shared, &i).forward(&qkv, mixed),
+            Some((edge, strips)) => edge.forward(strips, &qkv, mixed),
         };
         on_stream(&[&mixed, &i.o, &i.x], &[&y], |cx, from, to| {
             let w = Matrix::new(from[1], d, i.mixed(), DType::BF16);

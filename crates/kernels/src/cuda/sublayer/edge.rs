@@ -1,5 +1,5 @@
-//! What the attention half does at the edges of a rank's part of rows, on rows that hold a token's
-//! queries, keys and values ([`Heads`], not split).
+//! What the attention half does at the edges of a rank's part of rows, on queries, keys and values that
+//! lie in one buffer ([`Heads`]).
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use crate::cuda::heads::Heads;
 use crate::cuda::stream::Buffer;
 use crate::dtype::{cast, widen};
 use crate::ops::attention::Saved;
-use crate::ops::attention::shared::{EdgeGradients, KeyForm, SharedAttention};
+use crate::ops::attention::shared::{EdgeGradients, KeyForm, SharedAttention, Strips};
 
 /// The edges of one rank's part.
 pub struct Edge {
@@ -25,8 +25,8 @@ pub struct Edge {
 #[derive(Clone, Copy)]
 enum Of {
     Queries,
-    /// Keys, then values, of each token.
-    Pairs,
+    Keys,
+    Values,
 }
 
 impl Edge {
@@ -47,16 +47,21 @@ impl Edge {
         }
     }
 
-    /// Puts the values of the first queries into `mixed` `[T, H E]`: these see keys of other ranks.
-    pub fn forward(&self, qkv: &Buffer, mixed: Buffer) -> (Buffer, Option<Saved>) {
+    /// Begins to fetch the keys that the first queries see, and to give this rank's to others.
+    pub fn begin(&self, qkv: &Buffer) -> Strips {
         let qkv = flat(qkv.clone());
-        let g = self.form.groups;
+        self.shared
+            .begin(self.form.clone(), |tokens| self.pair(&qkv, tokens))
+    }
+
+    /// Puts the values of the first queries into `mixed` `[T, H E]`: these see keys of other ranks.
+    pub fn forward(&self, strips: Strips, qkv: &Buffer, mixed: Buffer) -> (Buffer, Option<Saved>) {
+        let qkv = flat(qkv.clone());
         let q = |tokens| self.read(&qkv, tokens, Of::Queries);
-        let kv = |tokens: Range<usize>| {
-            let pairs = self.read(&qkv, tokens, Of::Pairs);
-            [0, g].map(|from| pairs.clone().narrow(2, from, g))
-        };
-        let Some((output, saved)) = self.shared.first(&self.form, q, kv) else {
+        let first = self
+            .shared
+            .first(strips, q, |tokens| self.pair(&qkv, tokens));
+        let Some((output, saved)) = first else {
             return (mixed, None);
         };
         let tokens = 0..output.dims()[1];
@@ -75,7 +80,8 @@ impl Edge {
         let dmixed = self.by_head(dmixed);
         let rows = 0..self.form.batch;
         let first = |first| dmixed.clone().slice([rows.clone(), 0..first]);
-        let gradients = self.shared.first_backward(&self.form, saved, first);
+        let form = self.form.clone();
+        let gradients = self.shared.first_backward(form, saved, first);
         let dmixed = match &gradients.first {
             None => dmixed,
             Some([dq, ..]) => dmixed.slice_assign([rows, 0..dq.dims()[1]], dq.zeros_like()),
@@ -87,17 +93,20 @@ impl Edge {
     pub fn added(&self, dqkv: Buffer, gradients: EdgeGradients) -> Buffer {
         let mut dqkv = flat(dqkv);
         // Summed wide and rounded once.
-        let add = |dqkv: Tensor<1>, tokens: Range<usize>, kv: [Tensor<4>; 2]| {
-            let own = widen(self.read(&dqkv, tokens.clone(), Of::Pairs));
-            let sum = own + widen(Tensor::cat(kv.into(), 2));
-            self.write(dqkv, tokens, Of::Pairs, cast(sum, DType::BF16))
+        let add = |mut dqkv: Tensor<1>, tokens: Range<usize>, kv: [Tensor<4>; 2]| {
+            for (of, part) in [Of::Keys, Of::Values].into_iter().zip(kv) {
+                let own = widen(self.read(&dqkv, tokens.clone(), of));
+                let sum = cast(own + widen(part), DType::BF16);
+                dqkv = self.write(dqkv, tokens.clone(), of, sum);
+            }
+            dqkv
         };
         if let Some([dq, dk, dv]) = gradients.first {
             let tokens = 0..dq.dims()[1];
             dqkv = self.write(dqkv, tokens.clone(), Of::Queries, dq);
             dqkv = add(dqkv, tokens, [dk, dv]);
         }
-        for [dk, dv] in gradients.last {
+        for [dk, dv] in self.shared.returned(gradients.last) {
             let tokens = self.tokens - dk.dims()[1]..self.tokens;
             dqkv = add(dqkv, tokens, [dk, dv]);
         }
@@ -111,36 +120,74 @@ impl Edge {
         flat(rows).reshape([batch, self.tokens, heads, size])
     }
 
-    /// The tokens `tokens`: `[B, n, X, E]`, X being H or 2 G.
+    /// Keys and values of the tokens `tokens`: `[B, n, G, E]` each.
+    fn pair(&self, qkv: &Tensor<1>, tokens: Range<usize>) -> [Tensor<4>; 2] {
+        [Of::Keys, Of::Values].map(|of| self.read(qkv, tokens.clone(), of))
+    }
+
+    /// The tokens `tokens`: `[B, n, X, E]`, X being H or G.
     fn read(&self, qkv: &Tensor<1>, tokens: Range<usize>, of: Of) -> Tensor<4> {
-        self.rows(qkv.clone()).slice(self.range(tokens, of))
+        let place = self.place(of);
+        let all = qkv.clone().slice([place.from..place.from + place.len]);
+        let KeyForm { batch, size, .. } = self.form;
+        let rows: Tensor<4> = all.reshape([batch, self.tokens, place.row, size]);
+        rows.slice([0..batch, tokens, place.heads])
     }
 
     /// `qkv` with other values for the tokens `tokens`: `[B, n, X, E]`.
     fn write(&self, qkv: Tensor<1>, tokens: Range<usize>, of: Of, x: Tensor<4>) -> Tensor<1> {
-        let rows = self.rows(qkv).slice_assign(self.range(tokens, of), x);
-        rows.reshape([-1])
+        let place = self.place(of);
+        let KeyForm { batch, size, .. } = self.form;
+        if place.len == qkv.dims()[0] {
+            let rows: Tensor<4> = qkv.reshape([batch, self.tokens, place.row, size]);
+            let rows = rows.slice_assign([0..batch, tokens, place.heads], x);
+            return rows.reshape([-1]);
+        }
+        // A stretch of each sequence, written where it lies.
+        let each = tokens.len() * place.row * size;
+        let x: Tensor<1> = x.reshape([-1]);
+        (0..batch).fold(qkv, |qkv, row| {
+            let from = place.from + (row * self.tokens + tokens.start) * place.row * size;
+            let part = x.clone().narrow(0, row * each, each);
+            qkv.slice_assign([from..from + each], part)
+        })
     }
 
-    /// First head among H + 2 G, and how many.
-    fn place(&self, of: Of) -> (usize, usize) {
-        let (h, g) = (self.heads.heads, self.heads.groups);
-        match of {
-            Of::Queries => (0, h),
-            Of::Pairs => (h, 2 * g),
+    fn place(&self, of: Of) -> Place {
+        let Heads { heads, groups, .. } = self.heads;
+        let (before, count) = match of {
+            Of::Queries => (0, heads),
+            Of::Keys => (heads, groups),
+            Of::Values => (heads + groups, groups),
+        };
+        let tokens = self.form.batch * self.tokens;
+        match self.heads.split {
+            true => Place {
+                from: tokens * before * self.form.size,
+                len: tokens * count * self.form.size,
+                row: count,
+                heads: 0..count,
+            },
+            false => Place {
+                from: 0,
+                len: tokens * self.heads.width(),
+                row: self.heads.width() / self.form.size,
+                heads: before..before + count,
+            },
         }
     }
+}
 
-    /// All of the buffer: `[B, N, H + 2 G, E]`.
-    fn rows(&self, qkv: Tensor<1>) -> Tensor<4> {
-        let KeyForm { batch, size, .. } = self.form;
-        qkv.reshape([batch, self.tokens, self.heads.width() / size, size])
-    }
-
-    fn range(&self, tokens: Range<usize>, of: Of) -> [Range<usize>; 3] {
-        let (first, count) = self.place(of);
-        [0..self.form.batch, tokens, first..first + count]
-    }
+/// Where queries, keys or values lie in a buffer of all.
+struct Place {
+    /// The first element of the rows that hold them.
+    from: usize,
+    /// Elements of these rows.
+    len: usize,
+    /// Heads of a row.
+    row: usize,
+    /// Those that are meant.
+    heads: Range<usize>,
 }
 
 fn flat(buffer: Buffer) -> Tensor<1> {

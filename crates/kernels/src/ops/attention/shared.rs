@@ -3,8 +3,8 @@
 //! Either the keys travel: a rank fetches those that its queries see from the ranks before it, and the
 //! gradients of these go back there. With a window that is a strip of window − 1 tokens, whatever the
 //! length of a row, and only the first queries look at it: they are done apart, with the few keys that
-//! they see, and everything else is the attention of this rank's own tokens. Or the heads travel: each
-//! rank gets some heads of all tokens.
+//! they see, and everything else is the attention of this rank's own tokens, which is done while the
+//! strip is on its way. Or the heads travel: each rank gets some heads of all tokens.
 //!
 //! P: ranks. N: tokens of this rank's part. S: tokens of the whole row, or those that are fetched.
 
@@ -22,6 +22,8 @@ use crate::function::{Forward, Function, Value};
 use crate::packing::Packing;
 
 pub use heads::heads_divide;
+#[cfg(feature = "cuda")]
+pub use keys::Strips;
 pub use keys::{EdgeGradients, KeyForm, along};
 
 /// [`super::attention`] on one of several ranks.
@@ -56,8 +58,13 @@ impl Function<3> for SharedAttention {
             }
             false => {
                 let kv = |range: Range<usize>| [&k, &v].map(|x| along(x, range.clone()));
-                let first = self.first(&KeyForm::of(&k), |range| along(&q, range), kv);
-                self.with_own(first, [q, k, v])
+                let strips = self.begin(KeyForm::of(&k), kv);
+                let own = self.has_own().then(|| {
+                    let inputs = [&q, &k, &v].map(Tensor::clone);
+                    run(&self.over_own(), inputs)
+                });
+                let first = self.first(strips, |range| along(&q, range), kv);
+                together(own, first)
             }
         };
         Forward {
@@ -78,7 +85,7 @@ impl Function<3> for SharedAttention {
                 let [first, own] = *saved;
                 let k = first.as_ref().or(own.as_ref()).map(|saved| &saved.1);
                 let form = KeyForm::of(k.expect("one of the two has been done"));
-                let of_edge = self.first_backward(&form, first, |first| along(&dy, 0..first));
+                let of_edge = self.first_backward(form, first, |first| along(&dy, 0..first));
                 self.with_own_backward(of_edge, own, dy)
             }
         };
@@ -110,7 +117,7 @@ impl SharedAttention {
     /// first, which [`SharedAttention::first`] gives.
     #[cfg(feature = "cuda")]
     pub fn is_own_but_for_the_first(&self, groups: usize) -> bool {
-        !self.heads_travel(groups) && self.first_queries() < self.packing.length()
+        !self.heads_travel(groups) && self.has_own()
     }
 
     fn heads_travel(&self, groups: usize) -> bool {
@@ -126,30 +133,9 @@ impl SharedAttention {
         }
     }
 
-    /// The values of all queries, given those of the first.
-    fn with_own(
-        &self,
-        first: Option<(Tensor<4>, Saved)>,
-        inputs: [Tensor<4>; 3],
-    ) -> (Tensor<4>, Shared) {
-        let keys = |first, own| Shared::Keys(Box::new([first, own]));
-        match first {
-            Some((output, saved)) if self.first_queries() == self.packing.length() => {
-                (output, keys(Some(saved), None))
-            }
-            Some((output, of_first)) => {
-                // One output is kept, written in place: the backward pass multiplies what it has of the
-                // first queries by their gradient, zero.
-                let (own, (q, k, v, _, sums)) = run(&self.over_own(), inputs);
-                let output = replaced(own, output);
-                let saved = (q, k, v, output.clone(), sums);
-                (output, keys(Some(of_first), Some(saved)))
-            }
-            None => {
-                let (own, saved) = run(&self.over_own(), inputs);
-                (own, keys(None, Some(saved)))
-            }
-        }
+    /// Whether there are queries that see none but this rank's keys.
+    fn has_own(&self) -> bool {
+        self.first_queries() < self.packing.length()
     }
 
     /// dq, dk and dv of this rank's tokens, given what the edges give.
@@ -170,7 +156,7 @@ impl SharedAttention {
                 [replaced(dq, first_dq), dk, dv]
             }
         };
-        for [k, v] in last {
+        for [k, v] in self.returned(last) {
             let at = dk.dims()[1] - k.dims()[1];
             (dk, dv) = (added(dk, at, k), added(dv, at, v));
         }
@@ -206,6 +192,30 @@ impl SharedAttention {
                 context: None,
                 ..self.spec.clone()
             },
+        }
+    }
+}
+
+/// The values of all queries, of this rank's tokens among themselves and of the first apart; and both
+/// for the backward pass.
+fn together(
+    own: Option<(Tensor<4>, Saved)>,
+    first: Option<(Tensor<4>, Saved)>,
+) -> (Tensor<4>, Shared) {
+    let keys = |first, own| Shared::Keys(Box::new([first, own]));
+    match (own, first) {
+        // One output is kept, written in place: the backward pass multiplies what it has of the first
+        // queries by their gradient, zero.
+        (Some((own, (q, k, v, kept, sums))), Some((first, of_first))) => {
+            drop(kept);
+            let output = replaced(own, first);
+            let saved = (q, k, v, output.clone(), sums);
+            (output, keys(Some(of_first), Some(saved)))
+        }
+        (Some((output, saved)), None) => (output, keys(None, Some(saved))),
+        (None, first) => {
+            let (output, saved) = first.expect("all queries are own ones or first ones");
+            (output, keys(Some(saved), None))
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, Tensor};
-use ttt_parallel::Receive;
+use ttt_parallel::{Pending, Receive};
 
 use super::{SharedAttention, gradients, run};
 use crate::context::Fault;
@@ -36,6 +36,22 @@ impl KeyForm {
             device: k.device(),
         }
     }
+
+    /// Elements of `tokens` tokens of one of the two.
+    fn elements(&self, tokens: usize) -> usize {
+        self.batch * tokens * self.groups * self.size
+    }
+}
+
+/// Strips of keys and values, or of their gradients, on their way between ranks. What needs none of them
+/// is done before they are waited for.
+#[derive(Debug)]
+pub struct Strips {
+    form: KeyForm,
+    /// Ranks from which some come, and of how many tokens.
+    receives: Vec<(usize, usize)>,
+    /// `None` if nothing travels, or a rank is lost.
+    coming: Option<Pending<Vec<Tensor<1>>>>,
 }
 
 /// What the backward pass of the first queries gives.
@@ -43,8 +59,8 @@ impl KeyForm {
 pub struct EdgeGradients {
     /// dq of the first queries, dk and dv of the first keys, which they see: `[B, first, H or G, E]`.
     pub first: Option<[Tensor<4>; 3]>,
-    /// What the ranks behind give to the last keys and values, a pair for each rank.
-    pub last: Vec<[Tensor<4>; 2]>,
+    /// What the ranks behind give to the last keys and values ([`SharedAttention::returned`]).
+    pub last: Strips,
 }
 
 impl SharedAttention {
@@ -87,19 +103,25 @@ impl SharedAttention {
         seen.filter(|(_, count)| *count > 0).collect()
     }
 
-    /// Gives the ranks behind the keys that they see, and does the first queries with those of the ranks
-    /// before: their values `[B, first, H, E]`, and what [`Self::first_backward`] needs. `None` where
-    /// there are no such queries. `q` and `kv` return a range of this rank's tokens.
-    pub fn first(
-        &self,
-        form: &KeyForm,
-        q: impl FnOnce(Range<usize>) -> Tensor<4>,
-        kv: impl Fn(Range<usize>) -> [Tensor<4>; 2],
-    ) -> Option<(Tensor<4>, Saved)> {
+    /// Begins to give the ranks behind the keys that they see, and to fetch those that the first queries
+    /// see. `kv` returns a range of this rank's tokens.
+    pub fn begin(&self, form: KeyForm, kv: impl Fn(Range<usize>) -> [Tensor<4>; 2]) -> Strips {
         let tokens = self.packing.length();
         let right = self.right().into_iter();
         let sends = right.map(|(to, count)| (to, kv(tokens - count..tokens)));
-        let mut seen = self.trade(sends.collect(), &self.left(), form);
+        self.trade(sends.collect(), self.left(), form)
+    }
+
+    /// Does the first queries with the keys that were fetched: their values `[B, first, H, E]`, and what
+    /// [`Self::first_backward`] needs. `None` where there are no such queries. `q` and `kv` return a range
+    /// of this rank's tokens.
+    pub fn first(
+        &self,
+        strips: Strips,
+        q: impl FnOnce(Range<usize>) -> Tensor<4>,
+        kv: impl Fn(Range<usize>) -> [Tensor<4>; 2],
+    ) -> Option<(Tensor<4>, Saved)> {
+        let mut seen = self.arrived(strips);
         let first = self.first_queries();
         if first == 0 {
             return None;
@@ -110,11 +132,11 @@ impl SharedAttention {
         Some(run(&self.over_keys(first), inputs))
     }
 
-    /// The backward pass of [`Self::first`]: gradients go to the ranks before and come from those behind.
-    /// `dy` `[B, first, H, E]` is that of the first queries' values.
+    /// The backward pass of [`Self::first`]: gradients begin to go to the ranks before and to come from
+    /// those behind. `dy` `[B, first, H, E]` is that of the first queries' values.
     pub fn first_backward(
         &self,
-        form: &KeyForm,
+        form: KeyForm,
         saved: Option<Saved>,
         dy: impl FnOnce(usize) -> Tensor<4>,
     ) -> EdgeGradients {
@@ -132,54 +154,68 @@ impl SharedAttention {
             let [dk, dv] = [dk, dv].map(|d| along(&d, own.clone()));
             [dq, dk, dv]
         });
-        let mut last = self.trade(sends, &self.right(), form);
-        if self.context.planted(Fault::KeyGradientDropped) {
-            last.clear();
-        }
+        let last = self.trade(sends, self.right(), form);
         EdgeGradients { first, last }
     }
 
-    /// Sends strips of keys and values, each pair flat and end to end, and receives others from ranks,
-    /// of so many tokens each: zeros if that fails.
+    /// The gradients of this rank's last keys and values that the ranks behind gave, a pair for each rank.
+    pub fn returned(&self, strips: Strips) -> Vec<[Tensor<4>; 2]> {
+        let returned = self.arrived(strips);
+        match self.context.planted(Fault::KeyGradientDropped) {
+            true => vec![],
+            false => returned,
+        }
+    }
+
+    /// Begins to send strips of keys and values, each pair flat and end to end, and to receive others
+    /// from ranks, of so many tokens each.
     fn trade(
         &self,
         sends: Vec<(usize, [Tensor<4>; 2])>,
-        receives: &[(usize, usize)],
-        form: &KeyForm,
-    ) -> Vec<[Tensor<4>; 2]> {
-        if sends.is_empty() && receives.is_empty() {
-            return vec![];
-        }
-        let KeyForm {
-            batch,
-            groups,
-            size,
-            dtype,
-            ref device,
-        } = *form;
-        let len = |count: usize| batch * count * groups * size;
+        receives: Vec<(usize, usize)>,
+        form: KeyForm,
+    ) -> Strips {
         let sends = sends.into_iter().map(|(to, [k, v])| {
             let both = vec![k.reshape([-1]), v.reshape([-1])];
             (to, Tensor::<1>::cat(both, 0))
         });
-        let expected = receives.iter().map(|&(from, count)| Receive {
+        let due = receives.iter().map(|&(from, count)| Receive {
             from,
-            len: 2 * len(count),
-            dtype,
-            device: device.clone(),
+            len: 2 * form.elements(count),
+            dtype: form.dtype,
+            device: form.device.clone(),
         });
-        let (sends, expected) = (sends.collect(), expected.collect());
-        let received = self
-            .context
-            .exchange(|group| group.exchange(sends, expected));
+        let (sends, due): (Vec<_>, Vec<_>) = (sends.collect(), due.collect());
+        let coming = match sends.is_empty() && due.is_empty() {
+            true => None,
+            false => self
+                .context
+                .exchange(|group| group.start_exchange(sends, due)),
+        };
+        Strips {
+            form,
+            receives,
+            coming,
+        }
+    }
+
+    /// The strips, a pair from each rank: zeros if one is lost.
+    fn arrived(&self, strips: Strips) -> Vec<[Tensor<4>; 2]> {
+        let Strips {
+            form,
+            receives,
+            coming,
+        } = strips;
+        let received = coming.and_then(|coming| self.context.exchange(|_| coming.wait()));
         let parts = receives.iter().enumerate().map(|(i, &(_, count))| {
+            let len = form.elements(count);
             let flat = match &received {
                 Some(received) => received[i].clone(),
-                None => Tensor::zeros([2 * len(count)], (device, dtype)),
+                None => Tensor::zeros([2 * len], (&form.device, form.dtype)),
             };
             [0, 1].map(|half| {
-                let half = flat.clone().narrow(0, half * len(count), len(count));
-                half.reshape([batch, count, groups, size])
+                let half = flat.clone().narrow(0, half * len, len);
+                half.reshape([form.batch, count, form.groups, form.size])
             })
         });
         parts.collect()
