@@ -9,6 +9,7 @@
 use burn::tensor::Tensor;
 
 use crate::AttentionSpec;
+use crate::ops::ttt::{Scan, ScanSpec};
 
 /// The parameters of the attention half.
 #[derive(Clone, Debug)]
@@ -82,6 +83,28 @@ pub fn gated(x: &Tensor<3>, weights: &GateWeights) -> Option<Tensor<3>> {
     #[cfg(not(feature = "cuda"))]
     {
         let _ = (x, weights);
+        None
+    }
+}
+
+/// `x + scan(Z, v, w0)` with Z as in [`gated`]: x, v `[B, N, D]`, w0 `[D, F]`. v is asked for where there is
+/// such a form.
+///
+/// # Panics
+/// If `spec` is not of x's rows.
+pub fn ttt_sublayer(
+    x: &Tensor<3>,
+    weights: &GateWeights,
+    v: impl FnOnce() -> Tensor<3>,
+    w0: &Tensor<2>,
+    spec: &ScanSpec,
+) -> Option<Scan> {
+    spec.check(x, x.is_tracked());
+    #[cfg(feature = "cuda")]
+    return crate::cuda::sublayer::ttt(x, weights, v, w0, spec);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (weights, v, w0);
         None
     }
 }

@@ -34,6 +34,7 @@ pub mod testing;
 pub mod work;
 
 pub use context::{Context, ContextSettings};
+pub use ops::adamw::square_sum;
 pub use ops::attention::{AttentionSpec, attention};
 pub use ops::cross_entropy::{linear_cross_entropy, token_losses};
 pub use ops::embedding::embedding;

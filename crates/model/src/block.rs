@@ -51,11 +51,9 @@ impl Block {
     /// x + mlp(norm(x))
     fn mlp_half(&self, x: Tensor<3>, embeddings: Tensor<3>, batch: &Batch) -> MlpOutput {
         let gain = &self.post_attention_layernorm;
-        if let Some(output) = self.mlp.fused(&x, gain, self.eps) {
-            return MlpOutput {
-                output,
-                state_ratio: None,
-            };
+        let norm = (gain, self.eps);
+        if let Some(done) = self.mlp.fused(&x, &embeddings, norm, batch) {
+            return done;
         }
         let mlp = match self.mlp.fused_activate(&x, gain, self.eps) {
             Some(z) => self.mlp.down(z, embeddings, batch),

@@ -54,13 +54,28 @@ impl Mlp {
         swiglu(gate, linear(x, self.up_proj.clone()))
     }
 
-    /// x + mlp(norm(x)) as one operation, where the device has it and the layer does not learn:
-    /// x `[B, N, D]`, the norm's gain `[D]`.
-    pub(crate) fn fused(&self, x: &Tensor<3>, gain: &Tensor<1>, eps: f64) -> Option<Tensor<3>> {
-        match self.ttt {
-            Some(_) => None,
-            None => fused::mlp_sublayer(x, &self.gate(gain, eps), &self.down_proj),
+    /// x + mlp(norm(x)) as one operation, where the device has it and the layer's targets do not need the
+    /// normed input: x, embeddings `[B, N, D]`, the norm's gain `[D]`.
+    pub(crate) fn fused(
+        &self,
+        x: &Tensor<3>,
+        embeddings: &Tensor<3>,
+        (gain, eps): (&Tensor<1>, f64),
+        batch: &Batch,
+    ) -> Option<MlpOutput> {
+        let gate = self.gate(gain, eps);
+        let Some(ttt) = &self.ttt else {
+            return Some(MlpOutput {
+                output: fused::mlp_sublayer(x, &gate, &self.down_proj)?,
+                state_ratio: None,
+            });
+        };
+        if ttt.config().target == Target::Hidden {
+            return None;
         }
+        let (source, w0) = (embeddings.clone(), self.down_proj.clone());
+        let done = ttt.fused(x, &gate, source, w0, batch)?;
+        Some(done.into())
     }
 
     /// Z from the input of the norm, as one operation, where the device has it and the layer's
@@ -104,16 +119,16 @@ impl Mlp {
                 output: linear(z, self.down_proj.clone()),
                 state_ratio: None,
             },
-            Some(ttt) => {
-                let TttOutput {
-                    output,
-                    state_ratio,
-                } = ttt.down(z, source, self.down_proj.clone(), batch);
-                MlpOutput {
-                    output,
-                    state_ratio: Some(state_ratio),
-                }
-            }
+            Some(ttt) => ttt.down(z, source, self.down_proj.clone(), batch).into(),
+        }
+    }
+}
+
+impl From<TttOutput> for MlpOutput {
+    fn from(done: TttOutput) -> Self {
+        Self {
+            output: done.output,
+            state_ratio: Some(done.state_ratio),
         }
     }
 }

@@ -1,9 +1,11 @@
 //! The target side of an In-Place TTT layer: what the fast weight learns to predict.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use ttt_kernels::dtype::cast;
-use ttt_kernels::ttt::{ScanSpec, chunk_conv, fast_weight_scan, shift_targets};
-use ttt_kernels::{Packing, linear};
+use ttt_kernels::fused::{self, GateWeights};
+use ttt_kernels::ops::flat::Part;
+use ttt_kernels::ttt::{Scan, ScanSpec, chunk_conv, fast_weight_scan, shift_targets};
+use ttt_kernels::{Packing, linear, square_sum};
 
 use crate::config::{ModelConfig, Target, TttConfig};
 use crate::model::Batch;
@@ -69,19 +71,38 @@ impl Ttt {
     /// The down projection with fast weights: z `[B, N, F]`, source `[B, N, D]`, w0 `[D, F]`.
     pub fn down(&self, z: Tensor<3>, source: Tensor<3>, w0: Tensor<2>, batch: &Batch) -> TttOutput {
         let v = self.targets(source, &batch.packing);
-        let spec = ScanSpec {
+        let scan = fast_weight_scan(z, v, w0.clone(), self.spec(batch));
+        self.output(scan, w0)
+    }
+
+    /// x + [`Ttt::down`] of Z, from the input of the norm before the MLP, as one operation, where the
+    /// device has it: x `[B, N, D]`.
+    pub(crate) fn fused(
+        &self,
+        x: &Tensor<3>,
+        gate: &GateWeights,
+        source: Tensor<3>,
+        w0: Tensor<2>,
+        batch: &Batch,
+    ) -> Option<TttOutput> {
+        let v = || self.targets(source, &batch.packing);
+        let scan = fused::ttt_sublayer(x, gate, v, &w0, &self.spec(batch))?;
+        Some(self.output(scan, w0))
+    }
+
+    fn spec(&self, batch: &Batch) -> ScanSpec {
+        ScanSpec {
             lr: self.config.lr,
             chunk: self.config.chunk,
             clip: batch.clip,
             packing: batch.packing.clone(),
             context: batch.context.clone(),
-        };
-        let norm = cast(w0.clone().inner(), burn::tensor::DType::F32)
-            .square()
-            .sum()
-            .sqrt();
-        let scan = fast_weight_scan(z, v, w0, spec);
-        let state = cast(scan.state_norm, burn::tensor::DType::F32);
+        }
+    }
+
+    fn output(&self, scan: Scan, w0: Tensor<2>) -> TttOutput {
+        let norm = square_sum(&[Part::Values(w0.inner().reshape([-1]))]).sqrt();
+        let state = cast(scan.state_norm, DType::F32);
         TttOutput {
             output: scan.output,
             state_ratio: state.mul_scalar(self.config.lr) / norm,

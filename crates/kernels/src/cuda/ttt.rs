@@ -3,14 +3,16 @@
 //! Only the running sums are sequential, and they are elementwise. So the pieces of a row are taken in
 //! groups: one batched GEMM makes every piece's VᵀZ, one kernel turns them into the weights that the
 //! pieces read (the state stays in f32 registers), one batched GEMM applies those. A piece's VᵀZ is
-//! rounded to bf16, as V and Z were; the state that sums them is not. The backward pass peels the very
-//! same terms off again, so it meets the weights of the forward pass up to f32 rounding.
+//! rounded to bf16, as V and Z were; the state that sums them is not. The backward pass sums the very
+//! same terms again where a group holds its documents whole, and meets the weights of the forward pass to
+//! the bit; of a document in several groups it peels them off the last state, up to f32 rounding.
 
 use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 
 use super::gemm::Matrix;
+use super::norm::sum_partials;
 use super::stream::{Arg, Buffer, Context, on_stream};
 use crate::packing::{Piece, Write};
 
@@ -23,22 +25,56 @@ pub use forward::Forward;
 /// Bytes of each slab of piece weights.
 const SLAB: usize = 256 << 20;
 
-/// Blocks of a state's sum of squares.
-const NORM_BLOCKS: usize = 256;
-
 /// How the rows of one scan are cut.
 #[derive(Debug)]
-pub struct Shape<'a> {
+pub struct Shape {
     /// The pieces of each row.
-    pub pieces: &'a [Vec<Piece>],
+    pieces: Vec<Vec<Piece>>,
+    /// Tokens of a row.
+    length: usize,
     /// η
-    pub lr: f64,
+    lr: f64,
+}
+
+impl Shape {
+    /// `pieces` of rows of `length` tokens each.
+    pub fn new(pieces: Vec<Vec<Piece>>, length: usize, lr: f64) -> Self {
+        Self { pieces, length, lr }
+    }
+
+    /// All rows as one, if a slab holds every document whole: they then share groups. For rows that no
+    /// document enters or leaves.
+    pub fn flattened(mut self, d: usize, f: usize) -> Self {
+        let most = slots(d, f);
+        let whole = |pieces: &Vec<Piece>| groups(pieces, most).iter().all(|group| group.whole);
+        if self.pieces.len() > 1 && self.pieces.iter().all(whole) {
+            let moved = self.pieces.iter().enumerate().flat_map(|(row, pieces)| {
+                let by = row * self.length;
+                pieces.iter().map(move |piece| Piece {
+                    range: piece.range.start + by..piece.range.end + by,
+                    document_start: piece.document_start + by,
+                    ..piece.clone()
+                })
+            });
+            let all: Vec<Piece> = moved.collect();
+            self.length *= self.pieces.len();
+            self.pieces = vec![all];
+        }
+        self
+    }
+}
+
+/// Pieces that a slab holds: at least one, at most a mask's bits.
+fn slots(d: usize, f: usize) -> usize {
+    (SLAB / (d * f * 2)).clamp(1, 32)
 }
 
 /// Neighbouring pieces of equal length; a bit of a mask for each.
 #[derive(Clone, Debug)]
 struct Group<'a> {
     pieces: &'a [Piece],
+    /// Whether every document of the group begins and ends in it, so that no state enters or leaves.
+    whole: bool,
 }
 
 impl Group<'_> {
@@ -63,27 +99,45 @@ impl Group<'_> {
         &self.pieces[self.pieces.len() - 1]
     }
 
+    /// Pieces at whose end a document ends that has a state.
+    fn ends(&self) -> u32 {
+        self.mask(|p| p.reads && p.write == Write::Nothing)
+    }
+
     /// Whether a document whose state was read ends with the group.
     fn ends_document(&self) -> bool {
         self.last().reads && self.last().write == Write::Nothing
     }
 }
 
-/// The pieces of a row in groups of at most `slots`. A group ends where a read document does, so that
-/// its state can be looked at between groups.
+/// The pieces of a row in groups of at most `slots`: documents that a group holds whole, or a part of one
+/// document. Such a part ends where its document does, so that its state can be looked at between groups.
 fn groups(pieces: &[Piece], slots: usize) -> Vec<Group<'_>> {
     let mut all = vec![];
     let mut rest = pieces;
     while let Some(first) = rest.first() {
-        let mut count = 1;
-        while count < rest.len().min(slots)
-            && rest[count].range.len() == first.range.len()
-            && !(rest[count - 1].reads && rest[count - 1].write == Write::Nothing)
-        {
-            count += 1;
-        }
+        let alike = rest.iter().take(slots);
+        let alike = alike.take_while(|piece| piece.range.len() == first.range.len());
+        let alike = &rest[..alike.count()];
+        let ended = alike
+            .iter()
+            .rposition(|piece| piece.write == Write::Nothing);
+        let whole = match ended {
+            Some(last) if !first.reads && !first.carried => last + 1,
+            _ => 0,
+        };
+        let part = alike
+            .iter()
+            .position(|piece| piece.reads && piece.write == Write::Nothing);
+        let count = match whole {
+            0 => part.map_or(alike.len(), |last| last + 1),
+            _ => whole,
+        };
         let (taken, left) = rest.split_at(count);
-        all.push(Group { pieces: taken });
+        all.push(Group {
+            pieces: taken,
+            whole: whole > 0,
+        });
         rest = left;
     }
     all
@@ -112,19 +166,23 @@ impl Sizes {
         matrix.batched(group.pieces.len(), self.d * self.f)
     }
 
-    /// Pieces that a slab holds: at least one, at most a mask's bits.
+    /// Pieces of the largest group.
     fn most(&self, pieces: &[Vec<Piece>]) -> usize {
         let longest = pieces.iter().map(Vec::len).max().unwrap_or(1);
-        (SLAB / (self.d * self.f * 2)).clamp(1, longest.clamp(1, 32))
+        slots(self.d, self.f).min(longest.max(1))
     }
 
     fn elements(&self) -> usize {
         self.d * self.f
     }
 
-    /// One thread per eight elements of a state.
+    /// Thread blocks over a state: one thread per eight elements.
+    fn blocks(&self) -> usize {
+        self.elements().div_ceil(8 * 256)
+    }
+
     fn grid(&self) -> (u32, u32, u32) {
-        (self.elements().div_ceil(8 * 256) as u32, 1, 1)
+        (self.blocks() as u32, 1, 1)
     }
 }
 
@@ -136,7 +194,7 @@ struct Inputs {
     sizes: Sizes,
 }
 
-fn inputs(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>) -> Option<Inputs> {
+fn inputs([z, v]: [&Tensor<3>; 2], w0: &Tensor<2>, shape: &Shape) -> Option<Inputs> {
     let (z, v, w0) = (Buffer::of(z)?, Buffer::of(v)?, Buffer::of(w0)?);
     let f32 = match w0.dtype() {
         DType::BF16 => 0,
@@ -144,7 +202,7 @@ fn inputs(z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>) -> Option<Inputs> {
         _ => return None,
     };
     let sizes = Sizes {
-        length: z.dims()[1],
+        length: shape.length,
         d: w0.dims()[0],
         f: z.dims()[2],
     };
@@ -197,18 +255,20 @@ impl<'a> Pass<'a> {
         cx.gemm(v.t(), z, self.s.slots(slab, group), 1.0, 0.0)
     }
 
-    /// The group's VᵀZ from the slab on into `state`; with `weights`, the slab then holds the weights
-    /// that the pieces read.
+    /// The group's VᵀZ from the slab on into `state` (0: none before, none kept); the slab then holds the
+    /// weights that the pieces read. `squares`: ‖S‖² of each document that ends, by way of `partial`.
     fn forward(
         &self,
         cx: &mut Context,
         group: &Group,
         (slab, state): (u64, u64),
-        weights: bool,
+        (squares, partial): (u64, u64),
     ) -> Result<(), String> {
+        let ends = group.ends();
         let args = [
             Arg::Ptr(slab),
             Arg::Ptr(state),
+            Arg::Ptr(partial),
             Arg::Ptr(self.w0),
             self.w0_is_f32,
             Arg::Float(self.lr),
@@ -216,14 +276,32 @@ impl<'a> Pass<'a> {
             Arg::Bits(group.reads()),
             Arg::Bits(group.adds()),
             Arg::Bits(group.replaces()),
+            Arg::Bits(ends),
             Arg::Size(self.s.elements() as u64),
         ];
-        let name = if weights {
-            "scan_forward"
-        } else {
-            "scan_state"
-        };
-        cx.launch(name, self.s.grid(), 256, &args)
+        cx.launch("scan_forward", self.s.grid(), 256, &args)?;
+        match ends.count_ones() as usize {
+            0 => Ok(()),
+            count => sum_partials(cx, squares, partial, self.s.blocks(), count),
+        }
+    }
+
+    /// The group's VᵀZ from the slab on into `state`.
+    fn state(
+        &self,
+        cx: &mut Context,
+        group: &Group,
+        (slab, state): (u64, u64),
+    ) -> Result<(), String> {
+        let args = [
+            Arg::Ptr(slab),
+            Arg::Ptr(state),
+            Arg::Int(group.pieces.len() as i32),
+            Arg::Bits(group.adds()),
+            Arg::Bits(group.replaces()),
+            Arg::Size(self.s.elements() as u64),
+        ];
+        cx.launch("scan_state", self.s.grid(), 256, &args)
     }
 }
 
@@ -287,13 +365,41 @@ mod tests {
             assert!(ranges.eq(pieces.iter().map(|p| p.range.clone())));
             for group in &all {
                 assert!(group.pieces.len() <= slots);
-                let inner = &group.pieces[..group.pieces.len() - 1];
-                assert!(
-                    inner
-                        .iter()
-                        .all(|p| !(p.reads && p.write == Write::Nothing))
-                );
+                if !group.whole {
+                    let inner = &group.pieces[..group.pieces.len() - 1];
+                    let end = |p: &Piece| p.reads && p.write == Write::Nothing;
+                    assert!(!inner.iter().any(end));
+                }
             }
         }
+    }
+    #[test]
+    fn whole_documents_share_a_group_and_longer_ones_do_not() {
+        let packing = Packing::new(64, vec![vec![0, 16, 24]]).expect("ascending");
+        let pieces = packing.pieces(0, 8);
+        let shapes = |slots| -> Vec<(usize, bool)> {
+            let all = groups(&pieces, slots);
+            all.iter().map(|g| (g.pieces.len(), g.whole)).collect()
+        };
+        assert_eq!(shapes(8), [(8, true)]);
+        assert_eq!(shapes(5), [(3, true), (5, true)]);
+        assert_eq!(shapes(4), [(3, true), (4, false), (1, false)]);
+    }
+
+    #[test]
+    fn rows_share_groups_only_where_no_state_would_have_to_be_kept() {
+        let packing = Packing::whole_rows(2, 64);
+        let shape = || {
+            let pieces = (0..2).map(|row| packing.pieces(row, 8)).collect();
+            Shape::new(pieces, 64, 1.0)
+        };
+        let flat = shape().flattened(1024, 1024);
+        let ranges = flat.pieces[0].iter().map(|p| p.range.clone());
+        assert!(ranges.eq((0..16).map(|i| 8 * i..8 * i + 8)));
+        assert_eq!((flat.pieces.len(), flat.length), (1, 128));
+        assert_eq!(flat.pieces[0][8].document_start, 64);
+        // A slab of four pieces: a row's document is in two groups.
+        let apart = shape().flattened(8192, 4096);
+        assert_eq!((apart.pieces.len(), apart.length), (2, 64));
     }
 }

@@ -6,7 +6,11 @@ use burn::tensor::{DType, Tensor};
 
 use super::cases::{CHAIN, angles, flat, middle, op, packed};
 use super::compare::Op;
-use crate::fused::{AttentionWeights, GateWeights, attention_sublayer, gated, mlp_sublayer};
+use crate::dtype::cast;
+use crate::fused::{
+    AttentionWeights, GateWeights, attention_sublayer, gated, mlp_sublayer, ttt_sublayer,
+};
+use crate::ttt::{ScanSpec, fast_weight_scan};
 use crate::{AttentionSpec, Packing, attention, linear, rms_norm, rope, swiglu};
 
 const EPS: f64 = 1e-6;
@@ -98,6 +102,10 @@ pub fn all() -> Vec<Op> {
         mlp(1, 130, 1024, 128, true),
         mlp(3, 333, 192, 384, false),
         gate(2, 101, 96, 264),
+        learning("rows in one group", Packing::whole_rows(3, 64), 16),
+        learning("odd rows", Packing::whole_rows(2, 101), 16),
+        learning("documents", packed(2, 200), 16),
+        learning("long documents", packed(2, 700), 8),
     ]
 }
 
@@ -267,6 +275,49 @@ fn mlp(batch: usize, tokens: usize, width: usize, inner: usize, joined: bool) ->
             linear(normed, up.clone()),
         );
         composed(flat(t + linear(z, down)))
+    })
+}
+
+/// The half of a layer that learns.
+fn learning(name: &str, packing: Packing, chunk: usize) -> Op {
+    let (batch, tokens) = (packing.rows().len(), packing.length());
+    let (width, inner) = (96, 136);
+    let name = format!("TTT half, {name}, {batch}×{tokens}×{width}, {inner}, chunk {chunk}");
+    let scale = (width as f64).powf(-0.5);
+    let inputs = [
+        (batch * tokens * width, 1.0),
+        (width, 1.0),
+        (inner * width, scale),
+        (inner * width, scale),
+        (batch * tokens * width, 0.1),
+        (width * inner, 0.3),
+    ];
+    op(&name, &inputs, CHAIN, move |x| {
+        let [gate, up] =
+            [2, 3].map(|i: usize| -> Tensor<2> { x[i].clone().reshape([inner, width]) });
+        let weights = GateWeights {
+            norm: &x[1],
+            gate: &gate,
+            up: &up,
+            eps: EPS,
+        };
+        let rows = |i: usize| -> Tensor<3> { x[i].clone().reshape([batch, tokens, width]) };
+        let (t, v) = (rows(0), rows(4));
+        // As in training: W0 in f32.
+        let w0 = cast(x[5].clone(), DType::F32).reshape([width, inner]);
+        let spec = ScanSpec {
+            lr: 0.3,
+            chunk,
+            clip: None,
+            packing: packing.clone(),
+            context: None,
+        };
+        if let Some(scan) = ttt_sublayer(&t, &weights, || v.clone(), &w0, &spec) {
+            return flat(scan.output);
+        }
+        let normed = rms_norm(t.clone(), x[1].clone(), EPS);
+        let z = swiglu(linear(normed.clone(), gate), linear(normed, up));
+        composed(flat(t + fast_weight_scan(z, v, w0, spec).output))
     })
 }
 

@@ -1,70 +1,119 @@
 // The elementwise half of the TTT scan: running sums over the pieces of a group, in f32 registers.
 // Slabs are [pieces, D·F] bf16 with n = D·F a multiple of 8; bit i of a mask speaks of piece i.
 
+// Pieces whose loads are under way. The compiler may not move a load over the store before it.
+#define AHEAD 4
+
+// Calls visit(i, x) with this thread's eight elements of each piece of `slab`, from the first to the last
+// or BACK from the last to the first; visit may overwrite them.
+template <bool BACK, class Visit>
+__device__ __forceinline__ void for_pieces(const u16 *slab, int pieces, u64 n, u64 at, Visit visit) {
+    auto load = [&](int step) { return *(const uint4 *)(slab + (u64)(BACK ? pieces - 1 - step : step) * n + at); };
+    uint4 ring[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++)
+        if (k < pieces) ring[k] = load(k);
+    for (int begin = 0; begin < pieces; begin += AHEAD) {
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            const int step = begin + k;
+            if (step >= pieces) break;
+            const F8 x = unpack(ring[k]);
+            if (step + AHEAD < pieces) ring[k] = load(step + AHEAD);
+            visit(BACK ? pieces - 1 - step : step, x);
+        }
+    }
+}
+
+__device__ __forceinline__ void take(F8 &s, const F8 &d, bool add, bool replace) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) s.v[j] = add ? s.v[j] + d.v[j] : replace ? d.v[j] : s.v[j];
+}
+
 // In: slab = VᵀZ of each piece. Out: slab = bf16(W0 + η S) with S the state that the piece reads
-// (bit in `reads`); S after the last piece. A piece then adds to S, replaces it, or leaves it.
-// Without WEIGHTS only S moves. The next piece is loaded before this one is stored: the compiler may
-// not reorder the two, and the memory would idle.
-template <bool WEIGHTS>
-__device__ __forceinline__ void walk_forward(u16 *slab, float *state, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u64 n) {
+// (bit in `reads`); S after the last piece, unless `state` is null: then S begins as zero and is not kept.
+// A piece then adds to S, replaces it, or leaves it. partial[block, k]: Σ S² behind the k-th piece of `ends`.
+extern "C" __global__ void scan_forward(u16 *slab, float *state, float *partial, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u32 ends, u64 n) {
+    __shared__ float shared[32];
+    const u64 own = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x), at = min(own, n - 8);
+    const bool here = own < n; // the block's other threads help to add
+    F8 s = {};
+    if (state) s = load8(state + at);
+    const F8 w = load8_as(w0, at, w0_f32);
+    float *out = partial + (u64)blockIdx.x * __popc(ends);
+    for_pieces<false>(slab, pieces, n, at, [&](int i, const F8 &d) {
+        const bool read = reads >> i & 1;
+        F8 r;
+#pragma unroll
+        for (int j = 0; j < 8; j++) r.v[j] = w.v[j] + (read ? lr * s.v[j] : 0.f);
+        if (here) store8(slab + (u64)i * n + at, r);
+        take(s, d, adds >> i & 1, replaces >> i & 1);
+        if (ends >> i & 1) {
+            float square = 0.f;
+#pragma unroll
+            for (int j = 0; j < 8; j++) square += s.v[j] * s.v[j];
+            const float sum = block_sum(here ? square : 0.f, shared);
+            if (threadIdx.x == 0) *out = sum;
+            out++;
+        }
+    });
+    if (here && state) store8(state + at, s);
+}
+
+// S goes over the pieces of a slab of VᵀZ.
+extern "C" __global__ void scan_state(const u16 *slab, float *state, int pieces, u32 adds, u32 replaces, u64 n) {
     const u64 at = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x);
     if (at >= n) return;
     F8 s = load8(state + at);
-    F8 w = {};
-    if (WEIGHTS) w = load8_as(w0, at, w0_f32);
-    F8 next = load8(slab + at);
-    for (int i = 0; i < pieces; i++) {
-        const F8 d = next;
-        if (i + 1 < pieces) next = load8(slab + (i + 1) * n + at);
-        const bool read = reads >> i & 1, add = adds >> i & 1, replace = replaces >> i & 1;
-        if (WEIGHTS) {
-            F8 r;
-#pragma unroll
-            for (int j = 0; j < 8; j++) r.v[j] = w.v[j] + (read ? lr * s.v[j] : 0.f);
-            store8(slab + i * n + at, r);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) s.v[j] = add ? s.v[j] + d.v[j] : replace ? d.v[j] : s.v[j];
-    }
+    for_pieces<false>(slab, pieces, n, at, [&](int i, const F8 &d) { take(s, d, adds >> i & 1, replaces >> i & 1); });
     store8(state + at, s);
 }
 
-extern "C" __global__ void scan_forward(u16 *slab, float *state, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u64 n) {
-    walk_forward<true>(slab, state, w0, w0_f32, lr, pieces, reads, adds, replaces, n);
-}
-
-extern "C" __global__ void scan_state(u16 *slab, float *state, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u64 n) {
-    walk_forward<false>(slab, state, w0, w0_f32, lr, pieces, reads, adds, replaces, n);
-}
-
-// In: weights = VᵀZ, sums = dOᵀZ of each piece; S after the last piece; later = G, the sum of dOᵀZ over
-// the pieces after the last. Walking back: a piece that added is taken off S; out, weights =
-// bf16(W0 + η S), sums = bf16(η G) (bit in `gets`, else 0); G goes on from the old G (bit in `keeps`)
-// plus the piece's own sum where the piece reads. dw0 gathers every piece.
-extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, float *later, float *dw0, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 gets, u32 keeps, u64 n) {
+// In: weights = VᵀZ, sums = dOᵀZ of each piece. Out: weights = bf16(W0 + η S), S what the piece read;
+// sums = bf16(η G) (bit in `gets`, else 0), G the sum of dOᵀZ over the pieces that read what it wrote.
+// With a state, S after the last piece, the pieces that added are taken off it on the way back, and `later` is
+// G behind the last piece. Without, S and G begin as zero with each document. G goes on from the old G (bit
+// in `keeps`) plus the piece's own sum where the piece reads. dw0 gathers every piece.
+extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, float *later, float *dw0, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u32 gets, u32 keeps, u64 n) {
     const u64 at = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x);
     if (at >= n) return;
-    F8 s = load8(state + at), g = load8(later + at), total = load8(dw0 + at);
     const F8 w = load8_as(w0, at, w0_f32);
-    F8 next_d = load8(weights + (pieces - 1) * n + at), next_e = load8(sums + (pieces - 1) * n + at);
-    for (int i = pieces - 1; i >= 0; i--) {
-        const F8 d = next_d, e = next_e;
-        if (i > 0) next_d = load8(weights + (i - 1) * n + at), next_e = load8(sums + (i - 1) * n + at);
-        const bool read = reads >> i & 1, add = adds >> i & 1, get = gets >> i & 1, keep = keeps >> i & 1;
-        F8 a, b;
+    auto put = [&](int i, const F8 &s) {
+        const bool read = reads >> i & 1;
+        F8 r;
+#pragma unroll
+        for (int j = 0; j < 8; j++) r.v[j] = w.v[j] + (read ? lr * s.v[j] : 0.f);
+        store8(weights + (u64)i * n + at, r);
+    };
+    F8 s = {}, g = {};
+    if (state) {
+        s = load8(state + at), g = load8(later + at);
+        for_pieces<true>(weights, pieces, n, at, [&](int i, const F8 &d) {
+            const bool add = adds >> i & 1;
+#pragma unroll
+            for (int j = 0; j < 8; j++) s.v[j] = add ? s.v[j] - d.v[j] : s.v[j];
+            put(i, s);
+        });
+        store8(state + at, s);
+    } else {
+        for_pieces<false>(weights, pieces, n, at, [&](int i, const F8 &d) {
+            put(i, s);
+            take(s, d, adds >> i & 1, replaces >> i & 1);
+        });
+    }
+    F8 total = load8(dw0 + at);
+    for_pieces<true>(sums, pieces, n, at, [&](int i, const F8 &e) {
+        const bool read = reads >> i & 1, get = gets >> i & 1, keep = keeps >> i & 1;
+        F8 b;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            s.v[j] = add ? s.v[j] - d.v[j] : s.v[j];
-            a.v[j] = w.v[j] + (read ? lr * s.v[j] : 0.f);
             b.v[j] = get ? lr * g.v[j] : 0.f;
             g.v[j] = read ? (keep ? g.v[j] : 0.f) + e.v[j] : g.v[j];
             total.v[j] += e.v[j];
         }
-        store8(weights + i * n + at, a);
-        store8(sums + i * n + at, b);
-    }
-    store8(state + at, s);
-    store8(later + at, g);
+        store8(sums + (u64)i * n + at, b);
+    });
+    if (state) store8(later + at, g);
     store8(dw0 + at, total);
 }
 

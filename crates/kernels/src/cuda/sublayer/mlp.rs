@@ -36,7 +36,7 @@ pub fn gated(x: &Tensor<3>, w: &GateWeights) -> Option<Tensor<3>> {
 }
 
 /// Whether there are kernels for these; `None` on another backend.
-fn fits(x: &Tensor<3>, w: &GateWeights) -> Option<bool> {
+pub(super) fn fits(x: &Tensor<3>, w: &GateWeights) -> Option<bool> {
     let norm = Norm::of(&Buffer::of(x)?, &Buffer::of(w.norm)?, w.eps);
     let bf16 = [w.gate, w.up].iter().all(|m| m.dtype() == DType::BF16);
     let f = w.gate.dims()[0];
@@ -44,18 +44,18 @@ fn fits(x: &Tensor<3>, w: &GateWeights) -> Option<bool> {
 }
 
 /// x, the gain, gate and up matrices.
-struct Inputs {
+pub(super) struct Inputs {
     x: Buffer,
     gain: Buffer,
     gate: Buffer,
     up: Buffer,
     norm: Norm,
     /// F
-    f: usize,
+    pub f: usize,
 }
 
 impl Inputs {
-    fn new([x, gain, gate, up]: [Value; 4], eps: f64) -> Self {
+    pub fn new([x, gain, gate, up]: [Value; 4], eps: f64) -> Self {
         let of = "checked before the operation was chosen";
         let x = Buffer::of(&x.tensor::<3>()).expect(of);
         let gain = Buffer::of(&gain.tensor::<1>()).expect(of);
@@ -73,7 +73,7 @@ impl Inputs {
         }
     }
 
-    fn reads(&self) -> Vec<&Buffer> {
+    pub fn reads(&self) -> Vec<&Buffer> {
         vec![&self.x, &self.gain, &self.gate, &self.up]
     }
 
@@ -109,8 +109,21 @@ impl Inputs {
         cx.launch_over("swiglu_pair_forward", vectors, &args)
     }
 
+    /// Gate and up side by side, and Z `[B, N, F]`.
+    pub fn pair_and_z(&self) -> (Buffer, Tensor<3>) {
+        let (t, d) = (self.norm.rows, self.norm.width);
+        let [batch, tokens] = [self.x.dims()[0], self.x.dims()[1]];
+        let n = self.x.empty([t, d], DType::BF16);
+        let pair = self.x.empty([t, 2 * self.f], DType::BF16);
+        let z = self.x.empty([batch, tokens, self.f], DType::BF16);
+        on_stream(&self.reads(), &[&n, &pair, &z], |cx, from, to| {
+            self.forward(cx, from, (to[0], to[1], to[2]))
+        });
+        (pair, z.tensor())
+    }
+
     /// From dZ in `at.dz` to the gradients of x, gain, and of gate and up one below the other.
-    fn backward(&self, cx: &mut Context, from: &[u64], at: &GatedAt) -> Result<(), String> {
+    pub fn backward(&self, cx: &mut Context, from: &[u64], at: &GatedAt) -> Result<(), String> {
         let (width, both) = (self.norm.width, 2 * self.f);
         let dpair = self.bf16(at.dpair, both);
         let dn = self.bf16(at.dn, width);
@@ -130,7 +143,7 @@ impl Inputs {
     }
 
     /// d(gate, up) from dZ, and Z itself into `z` unless that is 0.
-    fn through_swiglu(
+    pub fn through_swiglu(
         &self,
         cx: &mut Context,
         (dpair, z): (u64, u64),
@@ -148,7 +161,7 @@ impl Inputs {
         cx.launch_over("swiglu_pair_backward", vectors, &args)
     }
 
-    fn results(&self) -> Results {
+    pub fn results(&self) -> Results {
         let (t, d) = (self.norm.rows, self.norm.width);
         Results {
             dx: self.x.empty(self.x.dims(), DType::BF16),
@@ -163,7 +176,7 @@ impl Inputs {
 }
 
 /// What the backward pass of [`Inputs`] writes.
-struct Results {
+pub(super) struct Results {
     dx: Buffer,
     dgain: Buffer,
     dw: Buffer,
@@ -174,19 +187,19 @@ struct Results {
 }
 
 /// The addresses of [`Results`] and of what is added to dx (0: nothing).
-struct GatedAt {
+pub(super) struct GatedAt {
     dx: u64,
     dgain: u64,
     dw: u64,
     n: u64,
     dn: u64,
-    dpair: u64,
+    pub dpair: u64,
     partial: u64,
     residual: u64,
 }
 
 impl Results {
-    fn writes(&self) -> Vec<&Buffer> {
+    pub fn writes(&self) -> Vec<&Buffer> {
         vec![
             &self.dx,
             &self.dgain,
@@ -198,7 +211,7 @@ impl Results {
         ]
     }
 
-    fn at(to: &[u64], residual: u64) -> GatedAt {
+    pub fn at(to: &[u64], residual: u64) -> GatedAt {
         GatedAt {
             dx: to[0],
             dgain: to[1],
@@ -212,7 +225,7 @@ impl Results {
     }
 
     /// dx, dgain, dgate, dup.
-    fn gradients(self, f: usize) -> [Value; 4] {
+    pub fn gradients(self, f: usize) -> [Value; 4] {
         let [dgate, dup] = split(self.dw, [f; 2]);
         [
             self.dx.tensor::<3>().into(),
@@ -235,17 +248,9 @@ impl Function<4> for Gated {
     type Saved = Saved<4>;
 
     fn forward(&self, inputs: [Value; 4]) -> Forward<Self::Saved> {
-        let i = Inputs::new(inputs.clone(), self.eps);
-        let (t, d) = (i.norm.rows, i.norm.width);
-        let [batch, tokens] = [i.x.dims()[0], i.x.dims()[1]];
-        let n = i.x.empty([t, d], DType::BF16);
-        let pair = i.x.empty([t, 2 * i.f], DType::BF16);
-        let z = i.x.empty([batch, tokens, i.f], DType::BF16);
-        on_stream(&i.reads(), &[&n, &pair, &z], |cx, from, to| {
-            i.forward(cx, from, (to[0], to[1], to[2]))
-        });
+        let (pair, z) = Inputs::new(inputs.clone(), self.eps).pair_and_z();
         Forward {
-            output: z.tensor::<3>().into(),
+            output: z.into(),
             extra: vec![],
             saved: (inputs, pair),
         }

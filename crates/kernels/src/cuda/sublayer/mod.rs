@@ -6,6 +6,8 @@ mod attention;
 mod edge;
 mod mlp;
 mod stacked;
+mod ttt;
 
 pub use attention::attention;
 pub use mlp::{gated, mlp};
+pub use ttt::ttt;

@@ -22,7 +22,7 @@ pub struct States<'a> {
 /// A backward pass and its memory.
 pub struct Backward<'a> {
     i: Inputs,
-    shape: &'a Shape<'a>,
+    shape: &'a Shape,
     rows: Vec<Vec<Group<'a>>>,
     dy: Buffer,
     last: Vec<Option<Buffer>>,
@@ -54,18 +54,17 @@ impl<'a> Backward<'a> {
     /// Of what [`super::Forward`] was given, and the output's gradient; `None` if there are no kernels
     /// for them.
     pub fn new(
-        [z, v]: [&Tensor<3>; 2],
+        zv: [&Tensor<3>; 2],
         w0: &Tensor<2>,
         states: States,
         dy: &Tensor<3>,
-        shape: &'a Shape<'a>,
+        shape: &'a Shape,
     ) -> Option<Self> {
-        let i = inputs(z, v, w0)?;
+        let i = inputs(zv, w0, shape)?;
         let first = matrices(states.first)?;
         let dy = Buffer::of(dy).filter(|b| b.dtype() == DType::BF16)?;
         let s = &i.sizes;
-        let most = s.most(shape.pieces);
-        let rows = shape.pieces.len();
+        let most = s.most(&shape.pieces);
         let [dw0, later, state] = [(); 3].map(|()| i.z.empty([s.d, s.f], DType::F32));
         let [weights, sums] = [(); 2].map(|()| i.z.empty([most, s.d, s.f], DType::BF16));
         // Copied before it is peeled: the tape may still hold the kept state.
@@ -73,8 +72,8 @@ impl<'a> Backward<'a> {
         let last = last.map(|kept| kept.take().and_then(|t| Buffer::of(&t)));
         Some(Self {
             rows: shape.pieces.iter().map(|p| groups(p, most)).collect(),
-            dz: i.z.empty([rows, s.length, s.f], DType::BF16),
-            dv: i.z.empty([rows, s.length, s.d], DType::BF16),
+            dz: i.z.empty(i.z.dims(), DType::BF16),
+            dv: i.v.empty(i.v.dims(), DType::BF16),
             last: last.collect(),
             first,
             dy,
@@ -201,7 +200,7 @@ impl<'a> Backward<'a> {
                 }
                 for at in job.groups.clone().rev() {
                     let group = &all[at];
-                    if group.ends_document() && !has_state {
+                    if group.ends_document() && !group.whole && !has_state {
                         // An earlier document of the row: its state was not kept, so sum it again.
                         let start = group.last().document_start;
                         if let (true, Some(source)) = (group.last().carried, first[row]) {
@@ -210,7 +209,7 @@ impl<'a> Backward<'a> {
                         let of_document = |g: &&Group| g.last().range.end > start;
                         for earlier in all[..=at].iter().filter(of_document) {
                             pass.updates(cx, row, earlier, weights)?;
-                            pass.forward(cx, earlier, (weights, state), false)?;
+                            pass.state(cx, earlier, (weights, state))?;
                         }
                         has_state = true;
                     }
@@ -227,6 +226,7 @@ impl<'a> Backward<'a> {
                         products.updates(cx, row, group)?;
                         products.gradients(cx, row, group)?;
                     }
+                    let state = if group.whole { 0 } else { state };
                     let args = [
                         Arg::Ptr(weights),
                         Arg::Ptr(sums),
@@ -239,6 +239,7 @@ impl<'a> Backward<'a> {
                         Arg::Int(group.pieces.len() as i32),
                         Arg::Bits(group.reads()),
                         Arg::Bits(group.adds()),
+                        Arg::Bits(group.replaces()),
                         Arg::Bits(gets),
                         Arg::Bits(keeps),
                         Arg::Size(s.elements() as u64),
@@ -281,10 +282,10 @@ struct Products<'a> {
 }
 
 impl Products<'_> {
-    /// VᵀZ of the pieces that were added.
+    /// VᵀZ of the pieces that were added, or, to sum them again, of all that were written.
     fn updates(&self, cx: &mut Context, row: usize, group: &Group) -> Result<(), String> {
         match group.adds() {
-            0 => Ok(()),
+            0 if !group.whole => Ok(()),
             _ => self.pass.updates(cx, row, group, self.slabs.0),
         }
     }

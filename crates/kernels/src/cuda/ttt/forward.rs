@@ -4,9 +4,8 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 
-use super::{Group, Inputs, NORM_BLOCKS, Pass, Shape, addresses, arrived, groups, inputs};
-use crate::cuda::norm::sum_partials;
-use crate::cuda::stream::{Arg, Buffer, Context, on_stream};
+use super::{Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs};
+use crate::cuda::stream::{Arg, Buffer, on_stream};
 use crate::ops::ttt::Outcome;
 use crate::ops::ttt::carry::Exchange;
 use crate::packing::Write;
@@ -14,14 +13,16 @@ use crate::packing::Write;
 /// A forward pass and its memory.
 pub struct Forward<'a> {
     i: Inputs,
-    shape: &'a Shape<'a>,
+    shape: &'a Shape,
     /// The groups of each row, and how many of them, the first, began before it.
     rows: Vec<(Vec<Group<'a>>, usize)>,
     /// `[B, N, D]` bf16
     output: Buffer,
     slab: Buffer,
-    /// Of each row, f32.
-    states: Vec<Buffer>,
+    /// Of each row that has a document in several groups, f32.
+    states: Vec<Option<Buffer>>,
+    /// What the output begins with.
+    onto: Option<Buffer>,
     /// For the documents that began before a row that has others too.
     carried: Option<Buffer>,
     /// ‖S‖² of each document that ends, behind a zero.
@@ -41,11 +42,21 @@ struct Job {
 }
 
 impl<'a> Forward<'a> {
-    /// z `[B, N, F]`, v `[B, N, D]`, w0 `[D, F]`; `None` if there are no kernels for them.
-    pub fn new([z, v]: [&Tensor<3>; 2], w0: &Tensor<2>, shape: &'a Shape<'a>) -> Option<Self> {
-        let i = inputs(z, v, w0)?;
+    /// z `[B, N, F]`, v `[B, N, D]`, w0 `[D, F]`; what the output is added to, `[B, N, D]`. `None` if there
+    /// are no kernels for them.
+    pub fn new(
+        zv: [&Tensor<3>; 2],
+        w0: &Tensor<2>,
+        onto: Option<&Tensor<3>>,
+        shape: &'a Shape,
+    ) -> Option<Self> {
+        let i = inputs(zv, w0, shape)?;
+        let onto = match onto {
+            None => None,
+            Some(x) => Some(Buffer::of(x).filter(|x| x.dtype() == DType::BF16)?),
+        };
         let s = &i.sizes;
-        let most = s.most(shape.pieces);
+        let most = s.most(&shape.pieces);
         let rows = shape.pieces.iter().map(|pieces| {
             let all = groups(pieces, most);
             // A document that began before the row is read, so that a group ends where it does.
@@ -58,13 +69,17 @@ impl<'a> Forward<'a> {
         let all = shape.pieces.iter().flatten();
         let ends = all.filter(|p| p.reads && p.write == Write::Nothing).count();
         Some(Self {
-            output: i.z.empty([rows.len(), s.length, s.d], DType::BF16),
+            output: i.v.empty(i.v.dims(), DType::BF16),
             slab: i.z.empty([most, s.d, s.f], DType::BF16),
-            states: rows.iter().map(|_| state()).collect(),
+            states: rows
+                .iter()
+                .map(|(all, _)| all.iter().any(|group| !group.whole).then(state))
+                .collect(),
+            onto,
             carried: rows.iter().any(both).then(state),
             squares: i.z.empty([ends + 1], DType::F32),
             known: 0,
-            partial: i.z.empty([NORM_BLOCKS], DType::F32),
+            partial: i.z.empty([s.blocks(), most], DType::F32),
             norm: i.z.empty([1], DType::F32),
             filled: false,
             rows,
@@ -101,10 +116,11 @@ impl<'a> Forward<'a> {
             self.walk(&carried, &arrived(&sums));
         }
         self.largest();
-        let last = self.shape.pieces.iter().zip(self.states);
-        let last = last.map(|(pieces, state)| {
-            let reads = pieces.last().is_some_and(|piece| piece.reads);
-            reads.then(|| state.tensor::<2>())
+        let last = self.rows.iter().zip(self.states);
+        let last = last.map(|((all, _), state)| {
+            let leaves = |group: &Group| group.last().reads && !group.whole;
+            let state = state.filter(|_| all.last().is_some_and(leaves));
+            state.map(|state| state.tensor::<2>())
         });
         Outcome {
             output: self.output.tensor(),
@@ -124,6 +140,7 @@ impl<'a> Forward<'a> {
             let first = part.start;
             let pieces = Group {
                 pieces: &group.pieces[part],
+                whole: false,
             };
             if !pieces.pieces.is_empty() {
                 on_stream(&[&i.z, &i.v, &i.w0], &[&self.slab], |cx, from, to| {
@@ -142,19 +159,26 @@ impl<'a> Forward<'a> {
         let s = &i.sizes;
         let mut reads = vec![&i.z, &i.v, &i.w0];
         reads.extend(arriving.iter().flatten());
+        reads.extend(&self.onto);
         let mut writes = vec![&self.output, &self.slab, &self.squares, &self.partial];
-        writes.extend(&self.states);
         writes.extend(&self.carried);
+        writes.extend(self.states.iter().flatten());
         let (rows, filled) = (&self.rows, std::mem::take(&mut self.filled));
         let (known, apart) = (self.known, self.carried.is_some());
         let ends = jobs.iter().map(|job| {
             let groups = rows[job.row].0[job.groups.clone()].iter();
-            groups.filter(|group| group.ends_document()).count()
+            groups
+                .map(|group| group.ends().count_ones() as usize)
+                .sum::<usize>()
         });
         self.known += ends.sum::<usize>();
+        let (states, onto) = (&self.states, self.onto.is_some());
         on_stream(&reads, &writes, |cx, from, to| {
             let (output, slab, squares, partial) = (to[0], to[1], to[2], to[3]);
-            let arriving = addresses(arriving, from, &mut 3);
+            let mut at = 3;
+            let arriving = addresses(arriving, from, &mut at);
+            let onto = onto.then(|| from[at]);
+            let states = addresses(states, to, &mut (4 + usize::from(apart)));
             let pass = Pass::new(i, from, lr);
             let mut next = squares + 4 * (1 + known) as u64;
             let mut filled = filled;
@@ -162,8 +186,8 @@ impl<'a> Forward<'a> {
                 let (all, carried) = &rows[job.row];
                 let others = job.groups.end < all.len() && apart;
                 let state = match others {
-                    true => to[4 + rows.len()],
-                    false => to[4 + job.row],
+                    true => to[4],
+                    false => states[job.row].unwrap_or(0),
                 };
                 if let (true, Some(source)) = (job.groups.start < *carried, arriving[job.row]) {
                     cx.copy(state, source, 4 * s.elements())?;
@@ -172,13 +196,18 @@ impl<'a> Forward<'a> {
                     if !std::mem::take(&mut filled) {
                         pass.updates(cx, job.row, group, slab)?;
                     }
-                    pass.forward(cx, group, (slab, state), true)?;
+                    let state = if group.whole { 0 } else { state };
+                    pass.forward(cx, group, (slab, state), (next, partial))?;
+                    next += 4 * u64::from(group.ends().count_ones());
                     let z = s.rows(pass.z, job.row, group, s.f);
                     let out = s.rows(output, job.row, group, s.d);
-                    cx.gemm(z, s.slots(slab, group).t(), out, 1.0, 0.0)?;
-                    if group.ends_document() {
-                        square_sum(cx, (next, partial), state, s.elements())?;
-                        next += 4;
+                    let weights = s.slots(slab, group).t();
+                    match onto {
+                        None => cx.gemm(z, weights, out, 1.0, 0.0)?,
+                        Some(x) => {
+                            let x = s.rows(x, job.row, group, s.d);
+                            cx.gemm_onto(z, weights, out, x.at, 1.0, 1.0)?;
+                        }
                     }
                 }
             }
@@ -196,20 +225,4 @@ impl<'a> Forward<'a> {
             cx.launch("largest_root", (1, 1, 1), 32, &args)
         });
     }
-}
-
-/// ‖S‖² into `out`, by way of `partial`.
-fn square_sum(
-    cx: &mut Context,
-    (out, partial): (u64, u64),
-    state: u64,
-    elements: usize,
-) -> Result<(), String> {
-    let args = [
-        Arg::Ptr(partial),
-        Arg::Ptr(state),
-        Arg::Size(elements as u64),
-    ];
-    cx.launch("square_sum", (NORM_BLOCKS as u32, 1, 1), 512, &args)?;
-    sum_partials(cx, out, partial, NORM_BLOCKS, 1)
 }

@@ -13,5 +13,5 @@ mod scan;
 
 pub use conv::{chunk_conv, shift_targets};
 #[cfg(feature = "cuda")]
-pub(crate) use scan::{Gradients, Outcome};
+pub(crate) use scan::{FastWeightScan, Gradients, Outcome, Saved};
 pub use scan::{Scan, ScanSpec, apply_state, fast_weight_scan, outer_update};

@@ -29,6 +29,26 @@ pub struct ScanSpec {
     pub context: Option<Context>,
 }
 
+impl ScanSpec {
+    /// Panics unless rows like `x` `[B, N, _]` can be scanned.
+    pub(crate) fn check(&self, x: &Tensor<3>, tracked: bool) {
+        assert!(
+            self.clip.is_none() || !tracked,
+            "clipped updates are for inference"
+        );
+        let [rows, length, _] = x.dims();
+        assert_eq!(
+            (self.packing.rows().len(), self.packing.length()),
+            (rows, length),
+            "a packing of other rows"
+        );
+        assert!(
+            self.context.is_some() || self.packing.length() == self.packing.whole().length(),
+            "a part of rows learns nothing of the other parts"
+        );
+    }
+}
+
 /// What a scan returns.
 #[derive(Debug)]
 pub struct Scan {
@@ -46,20 +66,7 @@ pub struct Scan {
 /// If a clip is set while gradients are tracked, or the packing does not fit z.
 pub fn fast_weight_scan(z: Tensor<3>, v: Tensor<3>, w0: Tensor<2>, spec: ScanSpec) -> Scan {
     let tracked = [z.is_tracked(), v.is_tracked(), w0.is_tracked()];
-    assert!(
-        spec.clip.is_none() || !tracked.contains(&true),
-        "clipped updates are for inference"
-    );
-    let [rows, length, _] = z.dims();
-    assert_eq!(
-        (spec.packing.rows().len(), spec.packing.length()),
-        (rows, length),
-        "a packing of other rows"
-    );
-    assert!(
-        spec.context.is_some() || spec.packing.length() == spec.packing.whole().length(),
-        "a part of rows learns nothing of the other parts"
-    );
+    spec.check(&z, tracked.contains(&true));
     let (output, mut extra) =
         apply_with_extra(FastWeightScan { spec }, [z.into(), v.into(), w0.into()]);
     Scan {
@@ -94,14 +101,17 @@ pub struct Gradients {
     pub returned: Vec<Option<Tensor<2>>>,
 }
 
+/// The scan as a function, for whoever makes it part of a larger one.
 #[derive(Debug)]
-struct FastWeightScan {
-    spec: ScanSpec,
+pub struct FastWeightScan {
+    pub spec: ScanSpec,
 }
 
+/// What the backward pass needs.
 #[derive(Clone, Debug)]
-struct Saved {
-    z: Tensor<3>,
+pub struct Saved {
+    /// `[B, N, F]`
+    pub z: Tensor<3>,
     v: Tensor<3>,
     w0: Tensor<2>,
     /// The state at the end of each row, if its last document had one.
@@ -188,35 +198,16 @@ impl Function<3> for FastWeightScan {
     type Saved = Saved;
 
     fn forward(&self, [z, v, w0]: [Value; 3]) -> Forward<Saved> {
-        let (z, v, w0) = (z.tensor::<3>(), v.tensor::<3>(), w0.tensor::<2>());
-        let exchange = self.arriving(&z, &v, &w0);
-        let done = self.outcome([&z, &v], &w0, exchange);
+        let (output, norm, saved) = self.run(z.tensor(), v.tensor(), w0.tensor(), None);
         Forward {
-            output: done.output.into(),
-            extra: vec![done.norm.into()],
-            saved: Saved {
-                z,
-                v,
-                w0,
-                last: done.last,
-                first: self.kept(done.arrived),
-            },
+            output: output.into(),
+            extra: vec![norm.into()],
+            saved,
         }
     }
 
     fn backward(self, saved: Saved, grad: Value, _: [bool; 3]) -> [Option<Value>; 3] {
-        let dy = grad.tensor::<3>();
-        let exchange = self.returning(&saved.z, &dy, &saved.w0);
-        let mut done = self.gradients(saved, dy, exchange);
-        if let Some(context) = &self.spec.context
-            && context.planted(Fault::SuffixInWeightGradient)
-        {
-            done.w0 = done
-                .returned
-                .into_iter()
-                .flatten()
-                .fold(done.w0, |a, b| a + b);
-        }
+        let done = self.differentiate(saved, grad.tensor());
         [
             Some(done.z.into()),
             Some(done.v.into()),
@@ -226,26 +217,73 @@ impl Function<3> for FastWeightScan {
 }
 
 impl FastWeightScan {
-    fn outcome(&self, zv: [&Tensor<3>; 2], w0: &Tensor<2>, exchange: Exchange) -> Outcome {
+    /// The output, added to `onto` if there is one, the largest norm and what to keep.
+    pub fn run(
+        &self,
+        z: Tensor<3>,
+        v: Tensor<3>,
+        w0: Tensor<2>,
+        onto: Option<&Tensor<3>>,
+    ) -> (Tensor<3>, Tensor<1>, Saved) {
+        let exchange = self.arriving(&z, &v, &w0);
+        let done = self.outcome([&z, &v], &w0, onto, exchange);
+        let saved = Saved {
+            z,
+            v,
+            w0,
+            last: done.last,
+            first: self.kept(done.arrived),
+        };
+        (done.output, done.norm, saved)
+    }
+
+    /// The gradients of z, v and w0, given that of the output.
+    pub fn differentiate(&self, saved: Saved, dy: Tensor<3>) -> Gradients {
+        let exchange = self.returning(&saved.z, &dy, &saved.w0);
+        let mut done = self.gradients(saved, dy, exchange);
+        if let Some(context) = &self.spec.context
+            && context.planted(Fault::SuffixInWeightGradient)
+        {
+            let returned = done.returned.iter().flatten().cloned();
+            done.w0 = returned.fold(done.w0, |a, b| a + b);
+        }
+        done
+    }
+
+    fn outcome(
+        &self,
+        zv: [&Tensor<3>; 2],
+        w0: &Tensor<2>,
+        onto: Option<&Tensor<3>>,
+        exchange: Exchange,
+    ) -> Outcome {
         let ScanSpec { lr, clip, .. } = self.spec;
-        let pieces = self.all_pieces();
         #[cfg(feature = "cuda")]
         if clip.is_none() {
-            use crate::cuda::ttt;
-            let shape = ttt::Shape {
-                pieces: &pieces,
-                lr,
-            };
-            if let Some(scan) = ttt::Forward::new(zv, w0, &shape) {
+            let shape = self.shape(w0);
+            if let Some(scan) = crate::cuda::ttt::Forward::new(zv, w0, onto, &shape) {
                 return scan.run(exchange);
             }
         }
-        reference::forward(zv, w0, (lr, clip), &pieces, exchange)
+        let mut done = reference::forward(zv, w0, (lr, clip), &self.all_pieces(), exchange);
+        if let Some(x) = onto {
+            done.output = x.clone() + done.output;
+        }
+        done
+    }
+
+    #[cfg(feature = "cuda")]
+    fn shape(&self, w0: &Tensor<2>) -> crate::cuda::ttt::Shape {
+        let length = self.spec.packing.length();
+        let shape = crate::cuda::ttt::Shape::new(self.all_pieces(), length, self.spec.lr);
+        let [d, f] = w0.dims();
+        match self.spec.context {
+            None => shape.flattened(d, f),
+            Some(_) => shape,
+        }
     }
 
     fn gradients(&self, saved: Saved, dy: Tensor<3>, exchange: Exchange) -> Gradients {
-        let lr = self.spec.lr;
-        let pieces = self.all_pieces();
         #[cfg(feature = "cuda")]
         let saved = {
             use crate::cuda::ttt;
@@ -256,10 +294,7 @@ impl FastWeightScan {
                 mut last,
                 first,
             } = saved;
-            let shape = ttt::Shape {
-                pieces: &pieces,
-                lr,
-            };
+            let shape = self.shape(&w0);
             let states = ttt::States {
                 last: &mut last,
                 first: &first,
@@ -275,6 +310,6 @@ impl FastWeightScan {
                 first,
             }
         };
-        reference::backward(saved, dy, lr, &pieces, exchange)
+        reference::backward(saved, dy, self.spec.lr, &self.all_pieces(), exchange)
     }
 }
