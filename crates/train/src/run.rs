@@ -208,7 +208,7 @@ fn train_on(
     while at.step < steps {
         let step = at.step;
         mesh.activity.at(format_args!("step {step}"));
-        rehearsal.perform(ranks.rank(), step, &mesh.activity);
+        rehearsal.perform(ranks.rank(), step, &mesh.activity, &device)?;
 
         // Forward and backward, a few rows at a time. The gradient is that of the loss summed over
         // all ranks' labelled tokens, scaled by a nominal token count until the true one is known.
