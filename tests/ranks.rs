@@ -229,7 +229,7 @@ fn a_rank_that_does_not_move_ends_all_and_is_named() {
         let said = stderr(&output);
         for says in [
             "rank 1 hangs",
-            "has not moved for 5 s from: step 8",
+            "has not moved for 5 s at: step 8",
             "rank 0 at: ",
         ] {
             assert!(said.contains(says), "no \"{says}\" in: {said}");

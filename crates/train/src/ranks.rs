@@ -63,7 +63,7 @@ impl Ranks {
         let deadline = Duration::from_secs(config.parallel.timeout_s);
         let (host, tcp) = meet_on_host(place, &equal, deadline)?;
         let starting = tcp.activity().long("the start of the run");
-        tcp.watch_over()?;
+        tcp.watch_over(device_waits)?;
         let join = || -> Result<Self, TrainError> {
             let (device, world) = join_on_devices(config.run.device, place, &host)?;
             let all = [(0..place.size).collect()];
@@ -206,6 +206,15 @@ fn end_with(watch: Watch, rank: usize, size: usize) {
             std::process::exit(FAILED);
         }
     });
+}
+
+/// Whether this rank's device waits for those of others. Threads that wait for tensors over TCP say so.
+fn device_waits() -> bool {
+    #[cfg(feature = "cuda")]
+    let waits = ttt_kernels::cuda::event::waits_for_others();
+    #[cfg(not(feature = "cuda"))]
+    let waits = false;
+    waits
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -1,10 +1,12 @@
 //! What ranks do when one of them hangs, rehearsed: for tests of the launcher and of clusters.
 //!
 //! [`VARIABLE`] makes the main thread of one rank stop moving before one step, the same on every rank's
-//! environment: `hang:RANK:STEP` for ever, `task:RANK:STEP:SECONDS` in a declared long task, so long.
+//! environment: `hang:RANK:STEP` for ever, `task:RANK:STEP:SECONDS` in a declared long task, so long;
+//! `gpu:RANK:STEP` makes its GPU stand still instead.
 
 use std::time::Duration;
 
+use burn::tensor::Device;
 use ttt_parallel::{Activity, CommError};
 
 /// The environment variable.
@@ -18,8 +20,15 @@ pub struct Rehearsal(Option<Scene>);
 struct Scene {
     rank: usize,
     step: u64,
-    /// Of a declared task; `None` hangs.
-    seconds: Option<u64>,
+    what: What,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum What {
+    Hang,
+    Gpu,
+    /// Seconds of a declared task.
+    Task(u64),
 }
 
 impl Rehearsal {
@@ -41,41 +50,59 @@ impl Rehearsal {
             let kind = parts.next()?;
             let mut number = || parts.next()?.parse::<u64>().ok();
             let (rank, step) = (usize::try_from(number()?).ok()?, number()?);
-            let seconds = match kind {
-                "hang" => None,
-                "task" => Some(number()?),
+            let what = match kind {
+                "hang" => What::Hang,
+                "gpu" => What::Gpu,
+                "task" => What::Task(number()?),
                 _ => return None,
             };
-            parts.next().is_none().then_some(Scene {
-                rank,
-                step,
-                seconds,
-            })
+            parts.next().is_none().then_some(Scene { rank, step, what })
         };
         match scene() {
             Some(scene) => Ok(Self(Some(scene))),
             None => Err(CommError::Start(format!(
-                "{VARIABLE} is \"{text}\": expected hang:RANK:STEP or task:RANK:STEP:SECONDS, or unset it"
+                "{VARIABLE} is \"{text}\": expected hang:RANK:STEP, gpu:RANK:STEP or task:RANK:STEP:SECONDS, or unset it"
             ))),
         }
     }
 
     /// Plays the scene if this is its rank and step.
-    pub fn perform(&self, rank: usize, step: u64, activity: &Activity) {
-        let Some(scene) = &self.0 else { return };
+    ///
+    /// # Errors
+    /// If it needs a GPU, and there is none.
+    pub fn perform(
+        &self,
+        rank: usize,
+        step: u64,
+        activity: &Activity,
+        device: &Device,
+    ) -> Result<(), CommError> {
+        let Some(scene) = &self.0 else { return Ok(()) };
         if (scene.rank, scene.step) != (rank, step) {
-            return;
+            return Ok(());
         }
-        match scene.seconds {
-            Some(seconds) => {
+        match scene.what {
+            What::Task(seconds) => {
                 let _task = activity.long("a rehearsed task");
                 std::thread::sleep(Duration::from_secs(seconds));
+                Ok(())
             }
-            None => loop {
+            What::Gpu => stall(device).map_err(CommError::Start),
+            What::Hang => loop {
                 std::thread::park();
             },
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+fn stall(device: &Device) -> Result<(), String> {
+    ttt_kernels::cuda::event::stall(device)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn stall(_device: &Device) -> Result<(), String> {
+    Err("only a GPU can be made to stand still".into())
 }
 
 #[cfg(test)]
@@ -86,15 +113,19 @@ mod tests {
     fn scenes() {
         let parse = |text| Rehearsal::parse(text);
         assert_eq!(parse("").expect("nothing"), Rehearsal(None));
-        let scene = |seconds| {
+        let scene = |what| {
             Rehearsal(Some(Scene {
                 rank: 1,
                 step: 7,
-                seconds,
+                what,
             }))
         };
-        assert_eq!(parse("hang:1:7").expect("a scene"), scene(None));
-        assert_eq!(parse("task:1:7:12").expect("a scene"), scene(Some(12)));
+        assert_eq!(parse("hang:1:7").expect("a scene"), scene(What::Hang));
+        assert_eq!(parse("gpu:1:7").expect("a scene"), scene(What::Gpu));
+        assert_eq!(
+            parse("task:1:7:12").expect("a scene"),
+            scene(What::Task(12))
+        );
         for wrong in [
             "hang",
             "hang:1",

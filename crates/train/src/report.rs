@@ -126,10 +126,11 @@ impl Report {
             memory_gib: metrics::memory_gib(self.kind, &self.device),
             elapsed_s: self.begun.elapsed().as_secs_f64(),
         };
+        // A file system, or a terminal that somebody holds, may take its time.
+        let _telling = self.activity.long("telling a step");
         if let Some(lines) = &mut self.metrics
             && (launched.step.is_multiple_of(self.log_every) || !applied)
         {
-            let _files = self.activity.long("writing metrics");
             lines.step(&metrics)?;
         }
         self.progress.step(&metrics);
@@ -142,6 +143,12 @@ impl Report {
         Ok(())
     }
 
+    /// Tells something else.
+    pub fn note(&self, text: &str) {
+        let _telling = self.activity.long("telling something");
+        self.progress.note(text);
+    }
+
     /// Tells what an evaluation found.
     pub fn evaluation(&mut self, step: u64, loss: f64, tokens: u64) -> Result<(), TrainError> {
         if let Some(lines) = &mut self.metrics {
@@ -151,7 +158,7 @@ impl Report {
                 tokens,
             })?;
         }
-        self.progress.note(&format!(
+        self.note(&format!(
             "step {step}: validation loss {loss:.4} over {tokens} tokens"
         ));
         self.pace.restart();

@@ -162,13 +162,11 @@ fn train_on(
     };
     if let Some(checkpoint) = &start {
         let path = checkpoint.path().display();
-        report
-            .progress
-            .note(&format!("resumed from {path} at step {}", at.step));
+        report.note(&format!("resumed from {path} at step {}", at.step));
     }
     if let Some(base) = &base {
         for note in &base.notes {
-            report.progress.note(note);
+            report.note(note);
         }
         let own = |files: &[(String, Vec<u8>)]| {
             let file = files.iter().find(|(name, _)| name == TOKENIZER);
@@ -177,13 +175,13 @@ fn train_on(
         let models = own(&base.small_files()?);
         if models.is_some() && models != own(&tokenizer_files) {
             let note = "the text is tokenized by another tokenizer than the one of [init]";
-            report.progress.note(note);
+            report.note(note);
         }
         let row = data.sampler.row(0)?;
         let exact = config.run.device == DeviceKind::Cpu;
         if base.check_unchanged(&mut model, &row, &mesh, exact)? {
             let note = "the new TTT layers change no logit: step 0 is the base model's";
-            report.progress.note(note);
+            report.note(note);
         }
     }
     // A step is saved once: a signal may arrive where a checkpoint was due anyway.
@@ -208,7 +206,7 @@ fn train_on(
     while at.step < steps {
         let step = at.step;
         mesh.activity.at(format_args!("step {step}"));
-        rehearsal.perform(ranks.rank(), step, &mesh.activity);
+        rehearsal.perform(ranks.rank(), step, &mesh.activity, &device)?;
 
         // Forward and backward, a few rows at a time. The gradient is that of the loss summed over
         // all ranks' labelled tokens, scaled by a nominal token count until the true one is known.
@@ -225,9 +223,7 @@ fn train_on(
                 // The gradient in progress is dropped: the checkpoint is the state before this step.
                 report.flush()?;
                 let path = save(&model, &updater, &mut at)?;
-                report
-                    .progress
-                    .note(&format!("{signal}: saved {}", path.display()));
+                report.note(&format!("{signal}: saved {}", path.display()));
                 report.progress.finish();
                 return Ok(());
             }
@@ -282,7 +278,7 @@ fn train_on(
         if due || (last && config.checkpoint.at_end) {
             report.flush()?;
             let path = save(&model, &updater, &mut at)?;
-            report.progress.note(&format!("saved {}", path.display()));
+            report.note(&format!("saved {}", path.display()));
             report.pace.restart();
         }
     }
@@ -307,7 +303,7 @@ fn train_on(
             };
             let tokens = config.eval.sample_tokens;
             let text = continue_text(&decoder, &data.tokenizer, prompt, tokens, sampling)?;
-            report.progress.note(&format!("sample: {prompt}{text}"));
+            report.note(&format!("sample: {prompt}{text}"));
         }
     }
     report.progress.finish();

@@ -15,6 +15,7 @@ pub mod cross_entropy;
 pub mod cudnn;
 pub mod cudnn_plan;
 pub mod embedding;
+pub mod event;
 pub mod flat;
 pub mod gemm;
 mod gemm_plan;

@@ -11,11 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::{DType, Device, Tensor};
-use cudarc::driver::result::{DriverError, event, stream};
-use cudarc::driver::sys::{CUevent, CUevent_flags, CUevent_wait_flags, CUstream};
+use cudarc::driver::result::{DriverError, stream};
+use cudarc::driver::sys::CUstream;
 use cudarc::nccl::result::{self as nccl, NcclError};
 use cudarc::nccl::sys;
 
+use super::event::{Event, Flights};
 use super::stream::{Buffer, on_stream};
 
 /// What all ranks of a communicator know and no others: bytes of rank 0's making.
@@ -28,6 +29,7 @@ pub struct Communicator {
     stream: CUstream,
     /// Memory of the device, by which its thread is found.
     anchor: Buffer,
+    flights: Arc<Flights>,
     /// An operation failed, here or elsewhere: nothing may be waited for any more.
     failed: AtomicBool,
 }
@@ -36,45 +38,6 @@ pub struct Communicator {
 unsafe impl Send for Communicator {}
 // SAFETY: as above; the device thread does one thing at a time.
 unsafe impl Sync for Communicator {}
-
-/// An event on its way to the device thread and back.
-#[derive(Debug)]
-struct Event(CUevent);
-
-// SAFETY: an event belongs to a context, not to a thread.
-unsafe impl Send for Event {}
-
-impl Event {
-    fn new() -> Result<Self, DriverError> {
-        event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING).map(Self)
-    }
-
-    /// Makes what is issued on `later` from now on come after what was issued on `earlier` before.
-    fn between(earlier: CUstream, later: CUstream) -> Result<(), DriverError> {
-        let event = Self::new()?;
-        event.record(earlier)?;
-        event.before(later)
-    }
-
-    fn record(&self, stream: CUstream) -> Result<(), DriverError> {
-        // SAFETY: both are live and of the current context.
-        unsafe { event::record(self.0, stream) }
-    }
-
-    fn before(&self, stream: CUstream) -> Result<(), DriverError> {
-        let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: both are live and of the current context.
-        unsafe { stream::wait_event(stream, self.0, flags) }
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        // SAFETY: made by `new` and not used again; the driver keeps it while a stream waits for it.
-        // That it cannot be given back is no reason to fail.
-        let _kept = unsafe { event::destroy(self.0) };
-    }
-}
 
 /// Where an operation reads and writes, on its communicator's stream.
 #[derive(Clone, Copy, Debug)]
@@ -315,6 +278,7 @@ impl Communicator {
             comm,
             stream,
             anchor,
+            flights: Flights::new()?,
             failed: AtomicBool::new(false),
         })
     }
@@ -359,9 +323,11 @@ impl Communicator {
         reads: &[u64],
         writes: &[u64],
         operation: impl FnOnce(Issue) -> Result<(), String>,
-    ) -> Result<Event, String> {
+    ) -> Result<Arc<Event>, String> {
         let driver = |error: DriverError| error.to_string();
-        Event::between(compute, self.stream).map_err(driver)?;
+        let computed = Event::on(compute).map_err(driver)?;
+        computed.before(self.stream).map_err(driver)?;
+        let begin = Event::on(self.stream).map_err(driver)?;
         let issue = Issue {
             comm: self.comm,
             stream: self.stream,
@@ -374,8 +340,8 @@ impl Communicator {
         let asked = unsafe { sys::ncclCommGetAsyncError(self.comm, &mut state) };
         issue.told(asked.result())?;
         issue.told(state.result())?;
-        let end = Event::new().map_err(driver)?;
-        end.record(self.stream).map_err(driver)?;
+        let end = Arc::new(Event::on(self.stream).map_err(driver)?);
+        self.flights.note(begin, end.clone());
         Ok(end)
     }
 }
@@ -385,6 +351,7 @@ impl Drop for Communicator {
         let failed = self.failed.load(Ordering::Relaxed) || std::thread::panicking();
         let this = &*self;
         on_stream(&[], &[&self.anchor], move |_, _, _| {
+            this.flights.clear();
             // SAFETY: made by `make` and not used again. What has failed is aborted, since its end
             // would be waited for in vain. A failure to clean up has nobody to tell it to.
             let _gone = unsafe {
@@ -404,7 +371,7 @@ impl Drop for Communicator {
 #[derive(Debug)]
 pub struct Started {
     communicator: Arc<Communicator>,
-    end: Option<Event>,
+    end: Option<Arc<Event>>,
     _reads: Vec<Buffer>,
     writes: Vec<Buffer>,
 }

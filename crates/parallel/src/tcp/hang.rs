@@ -4,7 +4,8 @@
 //! a GPU. So every rank has one more thread, which looks at its own main thread. A clock runs while the
 //! main thread neither moves, nor waits for another rank, nor has declared a long task
 //! ([`Activity`]); and not while another rank is at a long task, for which this one's GPU may have
-//! to wait. At the limit the rank says to all that it hangs, and all end.
+//! to wait. At the limit the rank says to all that it hangs, and all end. One whose GPU only waits for
+//! others' lets them speak first ([`FIRST`]): it is not the one to blame.
 //!
 //! The limit is the deadline of silence, or [`SLOWER`] times the slowest step so far where that is more:
 //! between two moves the main thread does no more than a step. The clock counts looks and not hours, so
@@ -19,6 +20,8 @@ use crate::activity::{Activity, Seen};
 
 /// How many times slower than all before it a step may be.
 const SLOWER: u32 = 4;
+/// How much longer a rank is silent whose device waits for others.
+const FIRST: Duration = Duration::from_secs(3);
 /// Looks per deadline.
 const LOOKS: u32 = 20;
 /// Characters of what a rank says in a heartbeat.
@@ -96,17 +99,18 @@ impl Clock {
         }
     }
 
-    /// Looks again after `passed`; whether the limit is reached.
-    fn look(&mut self, seen: &Seen, others_busy: bool, passed: Duration) -> bool {
+    /// Looks again after `passed`; how far beyond the limit the clock is.
+    fn look(&mut self, seen: &Seen, others_busy: bool, passed: Duration) -> Option<Duration> {
         let moved = seen.moves != self.moves;
         self.moves = seen.moves;
         if moved || seen.waits || seen.long || others_busy {
             self.still = Duration::ZERO;
-            return false;
+            return None;
         }
         // More than two looks apart, this process was stopped, or starved.
         self.still += passed.min(2 * self.between());
-        self.still >= self.deadline.max(SLOWER * seen.step)
+        self.still
+            .checked_sub(self.deadline.max(SLOWER * seen.step))
     }
 
     fn between(&self) -> Duration {
@@ -121,6 +125,8 @@ pub(super) struct Watched {
     pub mailbox: Arc<Received>,
     pub heard: Arc<Heard>,
     pub queues: Vec<Sender<Letter>>,
+    /// Whether the device waits for those of other ranks.
+    pub device_waits: fn() -> bool,
 }
 
 impl Watched {
@@ -132,8 +138,12 @@ impl Watched {
             let passed = last.elapsed();
             last = Instant::now();
             let seen = self.activity.look();
-            if clock.look(&seen, self.others_busy(), passed) {
-                let reason = self.sentence(&seen, clock.still);
+            if let Some(beyond) = clock.look(&seen, self.others_busy(), passed) {
+                let waits = (self.device_waits)();
+                if waits && beyond < FIRST {
+                    continue;
+                }
+                let reason = self.sentence(&seen, clock.still, waits);
                 for queue in &self.queues {
                     // A writer that is gone has told of its connection's end.
                     let _gone = queue.send(Letter::Failed(reason.clone()));
@@ -148,7 +158,11 @@ impl Watched {
         heard.iter().flatten().any(|said| said.busy)
     }
 
-    fn sentence(&self, seen: &Seen, still: Duration) -> String {
+    fn sentence(&self, seen: &Seen, still: Duration, waits: bool) -> String {
+        let who = match waits {
+            false => "its main thread, or its device, has not moved",
+            true => "its device has waited for other ranks, of which none says that it hangs,",
+        };
         let (rank, seconds, what) = (self.rank, still.as_secs(), &seen.what);
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         let others = heard.iter().enumerate().filter_map(|(rank, said)| {
@@ -157,8 +171,7 @@ impl Watched {
         });
         let others: Vec<String> = others.take(8).collect();
         format!(
-            "rank {rank} hangs: its main thread, or the device that it waits for, has not moved for {seconds} s \
-             from: {what}; others: {}",
+            "rank {rank} hangs: {who} for {seconds} s at: {what}; others: {}",
             others.join(", ")
         )
     }
@@ -175,7 +188,8 @@ mod tests {
         let mut clock = Clock::new(DEADLINE);
         (1..=1000).find(|&look| {
             each(look);
-            clock.look(&activity.look(), busy, Duration::from_secs(1))
+            let beyond = clock.look(&activity.look(), busy, Duration::from_secs(1));
+            beyond.is_some()
         })
     }
 
@@ -224,7 +238,7 @@ mod tests {
         let activity = Activity::default();
         let mut clock = Clock::new(DEADLINE);
         let hour = Duration::from_secs(3600);
-        assert!(!clock.look(&activity.look(), false, hour));
+        assert_eq!(clock.look(&activity.look(), false, hour), None);
         assert_eq!(clock.still, Duration::from_secs(2));
     }
 

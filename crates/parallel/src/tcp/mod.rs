@@ -275,15 +275,18 @@ impl Tcp {
     }
 
     /// From now on this rank says that it hangs, to all, when its main thread does not move.
+    /// `device_waits` tells, then, whether what it waits for is a device that itself waits for those
+    /// of other ranks.
     ///
     /// # Errors
     /// If there can be no thread that looks.
-    pub fn watch_over(&self) -> Result<(), CommError> {
+    pub fn watch_over(&self, device_waits: fn() -> bool) -> Result<(), CommError> {
         let watched = Watched {
             rank: self.rank,
             activity: self.shared.activity.clone(),
             mailbox: self.shared.mailbox.clone(),
             heard: self.shared.heard.clone(),
+            device_waits,
             queues: self
                 .peers
                 .iter()

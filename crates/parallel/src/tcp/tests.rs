@@ -233,3 +233,37 @@ fn strangers_are_let_go() {
         }
     });
 }
+
+/// Two ranks stand still, the device of one only because it waits for the other's: that one is named. If
+/// none else is to blame, it names itself later.
+#[test]
+fn the_rank_that_others_wait_for_is_named() {
+    for (other_moves, says) in [
+        (false, "rank 1 hangs: its main thread, or its device"),
+        (true, "rank 0 hangs: its device has waited for other ranks"),
+    ] {
+        std::thread::scope(|scope| {
+            for meeting in meetings(2) {
+                scope.spawn(move || {
+                    let group = connect(&meeting).expect("both come");
+                    let (tcp, first) = (group.transport(), meeting.rank == 0);
+                    tcp.activity().at("step 5");
+                    // Moves, at first: whose clock runs longer must not decide.
+                    if !first && !other_moves {
+                        std::thread::sleep(Duration::from_millis(300));
+                        tcp.activity().at("step 6");
+                    }
+                    let resting = (!first && other_moves).then(|| tcp.activity().wait());
+                    let watched = match first {
+                        true => tcp.watch_over(|| true),
+                        false => tcp.watch_over(|| false),
+                    };
+                    watched.expect("a thread");
+                    let reason = tcp.watch().wait().expect("one hangs");
+                    assert!(reason.contains(says), "{reason}");
+                    drop(resting);
+                });
+            }
+        });
+    }
+}

@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 pub mod model;
+pub mod shared_rows;
 
 use std::sync::Arc;
 

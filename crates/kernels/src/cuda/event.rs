@@ -1,0 +1,152 @@
+//! Events on streams, and what they tell of a GPU that does not answer.
+//!
+//! A GPU that hangs and one that waits for it in an exchange look alike from the host: neither answers.
+//! What tells them apart are two events around every exchange. Where one has begun and not ended, the
+//! GPU waits for other ranks; where none has, it is still at its own work.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use burn::tensor::Device;
+use cudarc::driver::result::{DriverError, ctx, event, stream};
+use cudarc::driver::sys::{
+    CUcontext, CUevent, CUevent_flags, CUevent_wait_flags, CUstream, cuLaunchHostFunc,
+};
+
+use super::stream::{Buffer, on_stream};
+
+/// A point in the work of a stream.
+#[derive(Debug)]
+pub(super) struct Event(CUevent);
+
+// SAFETY: an event belongs to a context, not to a thread.
+unsafe impl Send for Event {}
+// SAFETY: the driver may be asked for an event by any thread at any time.
+unsafe impl Sync for Event {}
+
+impl Event {
+    fn new() -> Result<Self, DriverError> {
+        event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING).map(Self)
+    }
+
+    /// The point that `stream` has been given work up to.
+    pub fn on(stream: CUstream) -> Result<Self, DriverError> {
+        let event = Self::new()?;
+        // SAFETY: both are live and of the current context.
+        unsafe { event::record(event.0, stream) }?;
+        Ok(event)
+    }
+
+    /// Makes what is issued on `stream` from now on come after it.
+    pub fn before(&self, stream: CUstream) -> Result<(), DriverError> {
+        let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both are live and of the current context.
+        unsafe { stream::wait_event(stream, self.0, flags) }
+    }
+
+    /// Whether the device has come to it.
+    fn reached(&self) -> bool {
+        // SAFETY: made by `new`, and live.
+        unsafe { event::query(self.0) }.is_ok()
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `new` and not used again; the driver keeps it while a stream waits for it.
+        // That it cannot be given back is no reason to fail.
+        let _kept = unsafe { event::destroy(self.0) };
+    }
+}
+
+/// The exchanges of one communicator that were not yet seen to end, oldest first.
+#[derive(Debug)]
+pub(super) struct Flights {
+    context: CUcontext,
+    flying: Mutex<VecDeque<Flight>>,
+}
+
+#[derive(Debug)]
+struct Flight {
+    begin: Event,
+    end: Arc<Event>,
+}
+
+// SAFETY: a context may be made current on any thread.
+unsafe impl Send for Flights {}
+// SAFETY: as above; what changes is behind the lock.
+unsafe impl Sync for Flights {}
+
+/// Those of this process.
+static ALL: Mutex<Vec<Weak<Flights>>> = Mutex::new(vec![]);
+
+fn locked<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Flights {
+    /// Of a new communicator; on the device thread.
+    pub fn new() -> Result<Arc<Self>, String> {
+        let context = ctx::get_current().map_err(|error| error.to_string())?;
+        let flights = Arc::new(Self {
+            context: context.ok_or("the device thread has no context")?,
+            flying: Mutex::default(),
+        });
+        locked(&ALL).push(Arc::downgrade(&flights));
+        Ok(flights)
+    }
+
+    /// Notes an exchange between two events; on the device thread, which also forgets what has ended.
+    pub fn note(&self, begin: Event, end: Arc<Event>) {
+        let mut flying = locked(&self.flying);
+        while flying.front().is_some_and(|flight| flight.end.reached()) {
+            flying.pop_front();
+        }
+        flying.push_back(Flight { begin, end });
+    }
+
+    /// Forgets all; on the device thread.
+    pub fn clear(&self) {
+        locked(&self.flying).clear();
+    }
+
+    fn wait(&self) -> bool {
+        // SAFETY: the context of the device thread, which is not given back while the process lives.
+        if unsafe { ctx::set_current(self.context) }.is_err() {
+            return false;
+        }
+        let flying = locked(&self.flying);
+        let oldest = flying.iter().find(|flight| !flight.end.reached());
+        oldest.is_some_and(|flight| flight.begin.reached())
+    }
+}
+
+/// Whether this process's GPU has begun an exchange that has not ended, and so waits for other ranks.
+/// May be asked by a thread of its own while others wait for the device.
+pub fn waits_for_others() -> bool {
+    let all: Vec<_> = locked(&ALL).iter().filter_map(Weak::upgrade).collect();
+    all.iter().any(|flights| flights.wait())
+}
+
+/// Makes the device stand still for ever behind the work it has: to rehearse what happens then.
+///
+/// # Errors
+/// If it is no GPU.
+pub fn stall(device: &Device) -> Result<(), String> {
+    unsafe extern "C" fn for_ever(_: *mut std::ffi::c_void) {
+        loop {
+            std::thread::park();
+        }
+    }
+    let anchor = Buffer::probe(device).ok_or("only a GPU can be made to stand still")?;
+    let mut stalled = Err("the device thread did not answer".to_string());
+    let out = &mut stalled;
+    on_stream(&[], &[&anchor], move |context, _, _| {
+        // SAFETY: the function reads nothing, and the stream is live.
+        let launched =
+            unsafe { cuLaunchHostFunc(context.stream, Some(for_ever), std::ptr::null_mut()) };
+        *out = launched.result().map_err(|error| error.to_string());
+        out.clone()
+    });
+    stalled
+}
