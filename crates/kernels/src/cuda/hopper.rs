@@ -123,6 +123,39 @@ impl Context<'_> {
             .launch_clusters("product_gated_backward", &args)
     }
 
+    /// Back through SwiGLU where the down projection learned: dZ = dy Wᵢ + v Gᵢ for piece i of `piece` tokens.
+    /// The gradients of gate and up side by side `[T, 2F]` into `dpair`. dy, v `[T, D]`; weights, sums
+    /// `[T / piece · D, F]`, those of the pieces one below the other; pair `[T, 2F]`. Returns whether there is a
+    /// kernel for them; else nothing was done.
+    pub fn learned_product_backward(
+        &mut self,
+        [dy, v]: [Matrix; 2],
+        [weights, sums]: [Matrix; 2],
+        piece: usize,
+        (dpair, pair): (u64, u64),
+    ) -> Result<bool, String> {
+        let (d, f) = (dy.columns, weights.columns);
+        let whole = piece.is_multiple_of(2 * TILE) && dy.rows.is_multiple_of(piece);
+        let all = [&dy, &v, &weights, &sums];
+        if !whole || !fits(self, &all, &[pair, dpair], d, f) {
+            return Ok(false);
+        }
+        let args = [
+            map(&dy, TILE)?,
+            map(&v, TILE)?,
+            map(&weights, DEPTH)?,
+            map(&sums, DEPTH)?,
+            Arg::Ptr(dpair),
+            Arg::Ptr(pair),
+            Arg::Int(dy.rows as i32),
+            Arg::Int(f as i32),
+            Arg::Int(2 * d as i32),
+            Arg::Int(piece as i32),
+        ];
+        self.doing(Work::Flops(4.0 * dy.rows as f64 * (f * d) as f64))
+            .launch_clusters("product_learned_backward", &args)
+    }
+
     /// One block on each multiprocessor, in clusters of two.
     fn launch_clusters(&mut self, name: &'static str, args: &[Arg]) -> Result<bool, String> {
         let blocks = self.processors()? / 2 * 2;

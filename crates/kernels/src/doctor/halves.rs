@@ -31,6 +31,8 @@ pub fn all() -> Vec<Op> {
         shared: false,
     };
     let packing = packed(2, 200);
+    let aligned = Packing::new(1024, vec![vec![0, 256], vec![0]]);
+    let aligned = aligned.unwrap_or_else(|_| Packing::whole_rows(2, 1024));
     vec![
         causal.clone().attention("causal"),
         Half {
@@ -102,10 +104,18 @@ pub fn all() -> Vec<Op> {
         mlp(1, 130, 1024, 128, true),
         mlp(3, 333, 192, 384, false),
         gate(2, 101, 96, 264),
-        learning("rows in one group", Packing::whole_rows(3, 64), 16),
-        learning("odd rows", Packing::whole_rows(2, 101), 16),
-        learning("documents", packed(2, 200), 16),
-        learning("long documents", packed(2, 700), 8),
+        learning(
+            "rows in one group",
+            Packing::whole_rows(3, 64),
+            16,
+            [96, 136],
+        ),
+        learning("odd rows", Packing::whole_rows(2, 101), 16, [96, 136]),
+        learning("documents", packed(2, 200), 16, [96, 136]),
+        learning("long documents", packed(2, 700), 8, [96, 136]),
+        // Whole tiles: back through SwiGLU within the product.
+        learning("tiles", Packing::whole_rows(2, 768), 256, [192, 256]),
+        learning("tiles, documents", aligned, 256, [64, 384]),
     ]
 }
 
@@ -279,9 +289,8 @@ fn mlp(batch: usize, tokens: usize, width: usize, inner: usize, joined: bool) ->
 }
 
 /// The half of a layer that learns.
-fn learning(name: &str, packing: Packing, chunk: usize) -> Op {
+fn learning(name: &str, packing: Packing, chunk: usize, [width, inner]: [usize; 2]) -> Op {
     let (batch, tokens) = (packing.rows().len(), packing.length());
-    let (width, inner) = (96, 136);
     let name = format!("TTT half, {name}, {batch}×{tokens}×{width}, {inner}, chunk {chunk}");
     let scale = (width as f64).powf(-0.5);
     let inputs = [

@@ -131,16 +131,19 @@ __device__ __forceinline__ void load_box_for_both(u32 to, const TensorMap *map, 
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "h"((u16)3) : "memory");
 }
 
-enum { GATED = 0, GATED_BACKWARD = 1 };
+enum { GATED = 0, GATED_BACKWARD = 1, LEARNED_BACKWARD = 2 };
 
 // GATED. B: two matrices [F, K] row-major, N = 2 F; a tile holds 64 columns of each. out0 ← gate and up
 //   side by side [M, 2F], out1 ← Z = silu(gate) ∘ up [M, F].
 // GATED_BACKWARD. B: [K, F] row-major, C = dZ, N = F. in: gate and up side by side; out0 ← their gradients,
 //   out1 ← Z.
+// LEARNED_BACKWARD. Two products into the same sums, each of half of K: C = A B + A' B', where each `piece`
+//   rows of A and A' have matrices B and B' [K/2, F] of their own, one below the other. Else as
+//   GATED_BACKWARD, without out1.
 //
 // The two blocks of a cluster take tiles one below the other; each loads half of the B that both use.
 template <int FORM>
-__device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap *map_b0, const TensorMap *map_b1, u16 *out0, u16 *out1, const u16 *in, int m, int f, int k) {
+__device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap *map_a1, const TensorMap *map_b0, const TensorMap *map_b1, u16 *out0, u16 *out1, const u16 *in, int m, int f, int k, int piece) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 2];
     const u32 tiles = (shared_at(memory) + 1023) & ~1023u;
@@ -177,11 +180,18 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
                     const u32 here = full + 8 * stage, a = tiles + stage * 2 * TILE_BYTES;
                     const u32 to = a + TILE_BYTES + rank * (TILE_BYTES / 2);
                     barrier_expect(here, 2 * TILE_BYTES);
-                    load_box(a, map_a, b * DEPTH, row * TILE, here);
-                    if (FORM == GATED)
+                    if (FORM == GATED) {
+                        load_box(a, map_a, b * DEPTH, row * TILE, here);
                         load_box_for_both(to, rank ? map_b1 : map_b0, b * DEPTH, column * 64, here);
-                    else
+                    } else if (FORM == GATED_BACKWARD) {
+                        load_box(a, map_a, b * DEPTH, row * TILE, here);
                         load_box_for_both(to, map_b0, column * TILE + 64 * rank, b * DEPTH, here);
+                    } else {
+                        const bool second = b >= blocks / 2;
+                        const int from = (second ? b - blocks / 2 : b) * DEPTH;
+                        load_box(a, second ? map_a1 : map_a, from, row * TILE, here);
+                        load_box_for_both(to, second ? map_b1 : map_b0, column * TILE + 64 * rank, row * TILE / piece * (k / 2) + from, here);
+                    }
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
             }
@@ -207,7 +217,7 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
                     up[g] = *(const uint4 *)(in + at + f + 32 * g);
                 }
             };
-            if (FORM == GATED_BACKWARD) fetch(0); // arrives while the other consumer multiplies
+            if (FORM != GATED) fetch(0); // arrives while the other consumer multiplies
             barrier_wait(turn + 8 * own, opened);
             opened ^= 1;
             float sums[2][64];
@@ -223,7 +233,7 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
                 fence_sums(sums[0]), fence_sums(sums[1]);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 // 16 along K: 32 bytes of a row of A and of a row-major B; 16 rows of a B that is not.
-                constexpr int TRANSPOSED = FORM == GATED_BACKWARD;
+                constexpr int TRANSPOSED = FORM != GATED;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const u64 db = TRANSPOSED ? descriptor(c + i * 2048, 512, 64) : descriptor(c + i * 32, 1, 64);
@@ -272,7 +282,7 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
                         if (in_range) {
                             store8(out0 + l * 2 * f + c + 32 * g, dx);
                             store8(out0 + l * 2 * f + f + c + 32 * g, dy);
-                            store8(out1 + l * f + c + 32 * g, z);
+                            if (FORM == GATED_BACKWARD) store8(out1 + l * f + c + 32 * g, z);
                         }
                     }
                 }
@@ -285,11 +295,15 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_gated(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, u16 *pair, u16 *z, int m, int f, int k) {
-    product<GATED>(&a, &gate, &up, pair, z, nullptr, m, f, k);
+    product<GATED>(&a, &a, &gate, &up, pair, z, nullptr, m, f, k, m);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_gated_backward(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap down, u16 *dpair, u16 *z, const u16 *pair, int m, int f, int k) {
-    product<GATED_BACKWARD>(&dy, &down, &down, dpair, z, pair, m, f, k);
+    product<GATED_BACKWARD>(&dy, &dy, &down, &down, dpair, z, pair, m, f, k, m);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_learned_backward(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap sums, u16 *dpair, const u16 *pair, int m, int f, int k, int piece) {
+    product<LEARNED_BACKWARD>(&dy, &v, &weights, &sums, dpair, nullptr, pair, m, f, k, piece);
 }
 
 #endif

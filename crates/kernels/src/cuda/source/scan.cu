@@ -72,12 +72,14 @@ extern "C" __global__ void scan_state(const u16 *slab, float *state, int pieces,
 // In: weights = VᵀZ, sums = dOᵀZ of each piece. Out: weights = bf16(W0 + η S), S what the piece read;
 // sums = bf16(η G) (bit in `gets`, else 0), G the sum of dOᵀZ over the pieces that read what it wrote.
 // With a state, S after the last piece, the pieces that added are taken off it on the way back, and `later` is
-// G behind the last piece. Without, S and G begin as zero with each document. G goes on from the old G (bit
-// in `keeps`) plus the piece's own sum where the piece reads. dw0 gathers every piece.
+// G behind the last piece. Without, S and G begin as zero with each document; `weights` may then be null, where
+// they are known. G goes on from the old G (bit in `keeps`) plus the piece's own sum where the piece reads.
+// dw0 gathers every piece.
 extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, float *later, float *dw0, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u32 gets, u32 keeps, u64 n) {
     const u64 at = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x);
     if (at >= n) return;
-    const F8 w = load8_as(w0, at, w0_f32);
+    F8 w = {};
+    if (weights) w = load8_as(w0, at, w0_f32);
     auto put = [&](int i, const F8 &s) {
         const bool read = reads >> i & 1;
         F8 r;
@@ -95,7 +97,7 @@ extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, 
             put(i, s);
         });
         store8(state + at, s);
-    } else {
+    } else if (weights) {
         for_pieces<false>(weights, pieces, n, at, [&](int i, const F8 &d) {
             put(i, s);
             take(s, d, adds >> i & 1, replaces >> i & 1);

@@ -142,26 +142,23 @@ impl Inputs {
         weight_gradient(cx, &[(dpair, 0)], self.bf16(at.n, width), at.dw)
     }
 
-    /// d(gate, up) from dZ, and Z itself into `z` unless that is 0.
+    /// See [`through_swiglu`].
     pub fn through_swiglu(
         &self,
         cx: &mut Context,
-        (dpair, z): (u64, u64),
-        (pair, dz): (u64, u64),
+        to: (u64, u64),
+        from: (u64, u64),
     ) -> Result<(), String> {
-        let vectors = (self.norm.rows * self.f / 8) as u64;
-        let args = [
-            Arg::Ptr(dpair),
-            Arg::Ptr(z),
-            Arg::Ptr(pair),
-            Arg::Ptr(dz),
-            Arg::Size(vectors),
-            Arg::Int(self.f as i32),
-        ];
-        cx.launch_over("swiglu_pair_backward", vectors, &args)
+        through_swiglu(cx, to, from, (self.norm.rows, self.f))
     }
 
     pub fn results(&self) -> Results {
+        let both = [self.norm.rows, 2 * self.f];
+        self.results_with(self.x.empty(both, DType::BF16))
+    }
+
+    /// The same with the gradients of gate and up, which may be known.
+    pub fn results_with(&self, dpair: Buffer) -> Results {
         let (t, d) = (self.norm.rows, self.norm.width);
         Results {
             dx: self.x.empty(self.x.dims(), DType::BF16),
@@ -169,10 +166,29 @@ impl Inputs {
             dw: self.x.empty([2 * self.f, d], DType::F32),
             n: self.x.empty([t, d], DType::BF16),
             dn: self.x.empty([t, d], DType::BF16),
-            dpair: self.x.empty([t, 2 * self.f], DType::BF16),
+            dpair,
             partial: self.norm.partial(&self.x),
         }
     }
+}
+
+/// d(gate, up) from dZ, and Z itself into `z` unless that is 0; `extents`: T and F.
+pub fn through_swiglu(
+    cx: &mut Context,
+    (dpair, z): (u64, u64),
+    (pair, dz): (u64, u64),
+    extents: (usize, usize),
+) -> Result<(), String> {
+    let vectors = (extents.0 * extents.1 / 8) as u64;
+    let args = [
+        Arg::Ptr(dpair),
+        Arg::Ptr(z),
+        Arg::Ptr(pair),
+        Arg::Ptr(dz),
+        Arg::Size(vectors),
+        Arg::Int(extents.1 as i32),
+    ];
+    cx.launch_over("swiglu_pair_backward", vectors, &args)
 }
 
 /// What the backward pass of [`Inputs`] writes.

@@ -9,5 +9,6 @@ mod stacked;
 mod ttt;
 
 pub use attention::attention;
+pub(super) use mlp::through_swiglu;
 pub use mlp::{gated, mlp};
 pub use ttt::ttt;

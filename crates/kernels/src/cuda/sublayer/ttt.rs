@@ -75,17 +75,26 @@ impl Function<6> for Learning {
     ) -> [Option<Value>; 6] {
         let i = Inputs::new(inputs, self.eps);
         let dy = gradient(dy);
-        let done = self.scan.differentiate(saved, dy.clone().tensor());
-        let dz = gradient(done.z.into());
-        let r = i.results();
+        let (dv, dw0, dpair, dz) = match self.scan.differentiate_gated(saved, &dy, &pair) {
+            Ok(done) => (done.v, done.w0, done.pair, None),
+            Err(saved) => {
+                let done = self.scan.differentiate(saved, dy.clone().tensor());
+                let dpair = pair.empty(pair.dims(), DType::BF16);
+                (done.v, done.w0, dpair, Some(gradient(done.z.into())))
+            }
+        };
+        let r = i.results_with(dpair);
         let mut reads = i.reads();
-        reads.extend([&pair, &dz, &dy]);
+        reads.extend([&pair, &dy]);
+        reads.extend(&dz);
         on_stream(&reads, &r.writes(), |cx, from, to| {
-            let at = Results::at(to, from[6]);
-            i.through_swiglu(cx, (at.dpair, 0), (from[4], from[5]))?;
+            let at = Results::at(to, from[5]);
+            if let Some(&dz) = from.get(6) {
+                i.through_swiglu(cx, (at.dpair, 0), (from[4], dz))?;
+            }
             i.backward(cx, from, &at)
         });
         let [dx, dgain, dgate, dup] = r.gradients(i.f);
-        [dx, dgain, dgate, dup, done.v.into(), done.w0.into()].map(Some)
+        [dx, dgain, dgate, dup, dv.into(), dw0.into()].map(Some)
     }
 }

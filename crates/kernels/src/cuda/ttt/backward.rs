@@ -5,7 +5,9 @@ use std::ops::Range;
 use burn::tensor::{DType, Tensor};
 
 use super::{Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs, matrices};
+use crate::cuda::gemm::Matrix;
 use crate::cuda::stream::{Arg, Buffer, Context, on_stream};
+use crate::cuda::sublayer::through_swiglu;
 use crate::ops::ttt::Gradients;
 use crate::ops::ttt::carry::Exchange;
 use crate::packing::Write;
@@ -213,56 +215,36 @@ impl<'a> Backward<'a> {
                         }
                         has_state = true;
                     }
-                    let (mut gets, mut keeps) = (0u32, 0u32);
-                    for (bit, piece) in group.pieces.iter().enumerate().rev() {
-                        let writes = u32::from(piece.write != Write::Nothing && has_later);
-                        let adds = u32::from(piece.write == Write::Add && has_later);
-                        gets |= writes << bit;
-                        keeps |= adds << bit;
-                        has_later = piece.reads;
-                        has_state &= piece.reads;
-                    }
+                    let (gets, keeps) = receivers(group, &mut has_later);
+                    has_state &= group.pieces.iter().all(|piece| piece.reads);
                     if !std::mem::take(&mut filled) {
                         products.updates(cx, row, group)?;
                         products.gradients(cx, row, group)?;
                     }
                     let state = if group.whole { 0 } else { state };
-                    let args = [
-                        Arg::Ptr(weights),
-                        Arg::Ptr(sums),
-                        Arg::Ptr(state),
-                        Arg::Ptr(later),
-                        Arg::Ptr(dw0),
-                        Arg::Ptr(pass.w0),
-                        pass.w0_is_f32,
-                        Arg::Float(pass.lr),
-                        Arg::Int(group.pieces.len() as i32),
-                        Arg::Bits(group.reads()),
-                        Arg::Bits(group.adds()),
-                        Arg::Bits(group.replaces()),
-                        Arg::Bits(gets),
-                        Arg::Bits(keeps),
-                        Arg::Size(s.elements() as u64),
-                    ];
-                    cx.launch("scan_backward", s.grid(), 256, &args)?;
-                    let z = s.rows(pass.z, row, group, s.f);
-                    let v = s.rows(pass.v, row, group, s.d);
-                    let dy = s.rows(dy, row, group, s.d);
-                    let (weights, sums) = (s.slots(weights, group), s.slots(sums, group));
-                    let (dz, dv) = (s.rows(dz, row, group, s.f), s.rows(dv, row, group, s.d));
-                    cx.gemm(dy, weights, dz, 1.0, 0.0)?;
-                    if gets == 0 {
-                        let bytes = dv.rows * dv.columns * group.pieces.len() * 2;
-                        cx.zero(dv.at, bytes)?;
-                    } else {
-                        cx.gemm(v, sums, dz, 1.0, 1.0)?;
-                        cx.gemm(z, sums.t(), dv, 1.0, 0.0)?;
-                    }
+                    let states = [state, later, dw0];
+                    pass.gradients(cx, group, (weights, sums), states, (gets, keeps))?;
+                    products.inner(cx, row, group, dz, gets)?;
+                    products.targets(cx, row, group, dv, gets)?;
                 }
             }
             Ok(())
         });
     }
+}
+
+/// The pieces that get a gradient for what they wrote, and those whose own readers' sum goes on to the
+/// piece before; `has_later`: whether pieces behind the group read its state, then those before it.
+fn receivers(group: &Group, has_later: &mut bool) -> (u32, u32) {
+    let (mut gets, mut keeps) = (0u32, 0u32);
+    for (bit, piece) in group.pieces.iter().enumerate().rev() {
+        let writes = u32::from(piece.write != Write::Nothing && *has_later);
+        let adds = u32::from(piece.write == Write::Add && *has_later);
+        gets |= writes << bit;
+        keeps |= adds << bit;
+        *has_later = piece.reads;
+    }
+    (gets, keeps)
 }
 
 /// The first group with a piece of the row's last document.
@@ -271,6 +253,57 @@ fn open_at(all: &[Group]) -> usize {
     let begin = last.unwrap_or(0);
     let before = all.iter().take_while(|g| g.last().range.end <= begin);
     before.count()
+}
+
+/// What [`Backward::run_gated`] computes.
+pub struct Gated {
+    /// Of gate and up side by side: `[T, 2F]` bf16.
+    pub pair: Buffer,
+    /// `[B, N, D]`
+    pub v: Tensor<3>,
+    /// `[D, F]`
+    pub w0: Tensor<2>,
+}
+
+impl Backward<'_> {
+    /// All of it, and back through the SwiGLU that made Z of `pair` `[T, 2F]`: of rows in one group, whose
+    /// `weights` `[pieces, D, F]` the forward pass kept.
+    pub fn run_gated(self, weights: &Buffer, pair: &Buffer) -> Gated {
+        let (i, lr, group) = (&self.i, self.shape.lr, &self.rows[0][0]);
+        let s = &i.sizes;
+        let dpair = pair.empty(pair.dims(), DType::BF16);
+        let reads = [&i.z, &i.v, &i.w0, &self.dy, weights, pair];
+        let writes = [&self.dz, &self.dv, &self.dw0, &self.sums, &dpair];
+        on_stream(&reads, &writes, |cx, from, to| {
+            let pass = Pass::new(i, from, lr);
+            let (dy, weights, pair) = (from[3], from[4], from[5]);
+            let (dz, dv, dw0, sums, dpair) = (to[0], to[1], to[2], to[3], to[4]);
+            let products = Products {
+                pass: &pass,
+                dy,
+                slabs: (weights, sums),
+            };
+            products.gradients(cx, 0, group)?;
+            cx.zero(dw0, 4 * s.elements())?;
+            let (gets, keeps) = receivers(group, &mut false);
+            pass.gradients(cx, group, (0, sums), [0, 0, dw0], (gets, keeps))?;
+            let all = |at, rows, columns| Matrix::new(at, rows, columns, DType::BF16);
+            let tokens = i.z.len() / s.f;
+            let matrices = [weights, sums].map(|at| all(at, group.pieces.len() * s.d, s.f));
+            let rows = [dy, pass.v].map(|at| all(at, tokens, s.d));
+            let piece = group.pieces[0].range.len();
+            if !cx.learned_product_backward(rows, matrices, piece, (dpair, pair))? {
+                products.inner(cx, 0, group, dz, gets)?;
+                through_swiglu(cx, (dpair, 0), (pair, dz), (tokens, s.f))?;
+            }
+            products.targets(cx, 0, group, dv, gets)
+        });
+        Gated {
+            pair: dpair,
+            v: self.dv.tensor(),
+            w0: self.dw0.tensor(),
+        }
+    }
 }
 
 /// What is multiplied for a group before its weights and sums are known.
@@ -296,5 +329,78 @@ impl Products<'_> {
         let dy = s.rows(self.dy, row, group, s.d);
         let z = s.rows(self.pass.z, row, group, s.f);
         cx.gemm(dy.t(), z, s.slots(self.slabs.1, group), 1.0, 0.0)
+    }
+
+    /// dZ = dO Wᵢ + V ηGᵢ.
+    fn inner(
+        &self,
+        cx: &mut Context,
+        row: usize,
+        group: &Group,
+        dz: u64,
+        gets: u32,
+    ) -> Result<(), String> {
+        let s = self.pass.s;
+        let (weights, sums) = (s.slots(self.slabs.0, group), s.slots(self.slabs.1, group));
+        let dz = s.rows(dz, row, group, s.f);
+        cx.gemm(s.rows(self.dy, row, group, s.d), weights, dz, 1.0, 0.0)?;
+        match gets {
+            0 => Ok(()),
+            _ => cx.gemm(s.rows(self.pass.v, row, group, s.d), sums, dz, 1.0, 1.0),
+        }
+    }
+
+    /// dV = Z ηGᵢᵀ.
+    fn targets(
+        &self,
+        cx: &mut Context,
+        row: usize,
+        group: &Group,
+        dv: u64,
+        gets: u32,
+    ) -> Result<(), String> {
+        let s = self.pass.s;
+        let (z, sums) = (
+            s.rows(self.pass.z, row, group, s.f),
+            s.slots(self.slabs.1, group),
+        );
+        let dv = s.rows(dv, row, group, s.d);
+        match gets {
+            0 => cx.zero(dv.at, dv.rows * dv.columns * group.pieces.len() * 2),
+            _ => cx.gemm(z, sums.t(), dv, 1.0, 0.0),
+        }
+    }
+}
+
+impl Pass<'_> {
+    /// From a group's products to the weights that its pieces read (unless they are at 0) and the sums of
+    /// later pieces. S and G behind the group, before it afterwards (0: the group has whole documents);
+    /// dW0 gathers.
+    fn gradients(
+        &self,
+        cx: &mut Context,
+        group: &Group,
+        (weights, sums): (u64, u64),
+        [state, later, dw0]: [u64; 3],
+        (gets, keeps): (u32, u32),
+    ) -> Result<(), String> {
+        let args = [
+            Arg::Ptr(weights),
+            Arg::Ptr(sums),
+            Arg::Ptr(if group.whole { 0 } else { state }),
+            Arg::Ptr(later),
+            Arg::Ptr(dw0),
+            Arg::Ptr(self.w0),
+            self.w0_is_f32,
+            Arg::Float(self.lr),
+            Arg::Int(group.pieces.len() as i32),
+            Arg::Bits(group.reads()),
+            Arg::Bits(group.adds()),
+            Arg::Bits(group.replaces()),
+            Arg::Bits(gets),
+            Arg::Bits(keeps),
+            Arg::Size(self.s.elements() as u64),
+        ];
+        cx.launch("scan_backward", self.s.grid(), 256, &args)
     }
 }

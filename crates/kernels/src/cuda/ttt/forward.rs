@@ -122,7 +122,11 @@ impl<'a> Forward<'a> {
             let state = state.filter(|_| all.last().is_some_and(leaves));
             state.map(|state| state.tensor::<2>())
         });
+        // The weights of all pieces, where they are together.
+        let together =
+            matches!(&self.rows[..], [(all, _)] if matches!(&all[..], [group] if group.whole));
         Outcome {
+            weights: together.then(|| self.slab.tensor()),
             output: self.output.tensor(),
             norm: self.norm.tensor(),
             last: last.collect(),

@@ -86,6 +86,8 @@ pub struct Outcome {
     pub last: Vec<Option<Tensor<2>>>,
     /// The state that each row began with, if its first document has one.
     pub arrived: Vec<Option<Tensor<2>>>,
+    /// The weights that the pieces of all rows read, where they are there together: `[pieces, D, F]`.
+    pub weights: Option<Tensor<3>>,
 }
 
 /// What a backward pass computes.
@@ -118,6 +120,8 @@ pub struct Saved {
     last: Vec<Option<Tensor<2>>>,
     /// The state that each row began with, where the document it belongs to is not the last.
     first: Vec<Option<Tensor<2>>>,
+    /// See [`Outcome::weights`].
+    weights: Option<Tensor<3>>,
 }
 
 impl FastWeightScan {
@@ -233,6 +237,7 @@ impl FastWeightScan {
             w0,
             last: done.last,
             first: self.kept(done.arrived),
+            weights: done.weights,
         };
         (done.output, done.norm, saved)
     }
@@ -248,6 +253,32 @@ impl FastWeightScan {
             done.w0 = returned.fold(done.w0, |a, b| a + b);
         }
         done
+    }
+
+    /// The same, and on through the SwiGLU that made z of `pair`, where the weights were kept.
+    #[cfg(feature = "cuda")]
+    #[allow(clippy::result_large_err)] // goes back by value, not cloned
+    pub fn differentiate_gated(
+        &self,
+        saved: Saved,
+        dy: &crate::cuda::stream::Buffer,
+        pair: &crate::cuda::stream::Buffer,
+    ) -> Result<crate::cuda::ttt::Gated, Saved> {
+        use crate::cuda::{stream::Buffer, ttt};
+        let Some(weights) = saved.weights.as_ref().and_then(Buffer::of) else {
+            return Err(saved);
+        };
+        let shape = self.shape(&saved.w0);
+        let states = ttt::States {
+            last: &mut [],
+            first: &[],
+        };
+        let dy: Tensor<3> = dy.clone().tensor();
+        let scan = ttt::Backward::new([&saved.z, &saved.v], &saved.w0, states, &dy, &shape);
+        match scan {
+            Some(scan) => Ok(scan.run_gated(&weights, pair)),
+            None => Err(saved),
+        }
     }
 
     fn outcome(
@@ -293,6 +324,7 @@ impl FastWeightScan {
                 w0,
                 mut last,
                 first,
+                weights,
             } = saved;
             let shape = self.shape(&w0);
             let states = ttt::States {
@@ -308,6 +340,7 @@ impl FastWeightScan {
                 w0,
                 last,
                 first,
+                weights,
             }
         };
         reference::backward(saved, dy, self.spec.lr, &self.all_pieces(), exchange)

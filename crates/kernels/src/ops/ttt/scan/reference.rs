@@ -156,6 +156,7 @@ pub(super) fn forward(
         outputs.push(Tensor::cat(parts.collect(), 0).unsqueeze::<3>());
     }
     Outcome {
+        weights: None,
         output: Tensor::cat(outputs, 0),
         norm: Tensor::cat(norms, 0).max(),
         last,
@@ -181,6 +182,7 @@ pub(super) fn backward(
         w0,
         mut last,
         first,
+        weights: _,
     } = saved;
     let back = |row: usize| Back {
         z: &z,
