@@ -19,7 +19,7 @@ use crate::packing::{Piece, Write};
 mod backward;
 mod forward;
 
-pub use backward::{Backward, Gated, States};
+pub use backward::{Backward, States};
 pub use forward::Forward;
 
 /// Bytes of each slab of piece weights.

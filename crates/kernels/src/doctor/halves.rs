@@ -116,6 +116,13 @@ pub fn all() -> Vec<Op> {
         // Whole tiles: back through SwiGLU within the product.
         learning("tiles", Packing::whole_rows(2, 768), 256, [192, 256]),
         learning("tiles, documents", aligned, 256, [64, 384]),
+        learning("tiles or not", packed(2, 1280), 256, [64, 128]),
+        learning(
+            "tiles, several groups",
+            Packing::whole_rows(1, 9216),
+            256,
+            [64, 128],
+        ),
     ]
 }
 

@@ -17,7 +17,8 @@ pub fn ttt(
     w0: &Tensor<2>,
     spec: &ScanSpec,
 ) -> Option<Scan> {
-    if !(fits(x, w)? && spec.clip.is_none()) {
+    let w0_fits = matches!(w0.dtype(), DType::BF16 | DType::F32);
+    if !(fits(x, w)? && w0_fits && spec.clip.is_none()) {
         return None;
     }
     let inputs = [
@@ -75,26 +76,17 @@ impl Function<6> for Learning {
     ) -> [Option<Value>; 6] {
         let i = Inputs::new(inputs, self.eps);
         let dy = gradient(dy);
-        let (dv, dw0, dpair, dz) = match self.scan.differentiate_gated(saved, &dy, &pair) {
-            Ok(done) => (done.v, done.w0, done.pair, None),
-            Err(saved) => {
-                let done = self.scan.differentiate(saved, dy.clone().tensor());
-                let dpair = pair.empty(pair.dims(), DType::BF16);
-                (done.v, done.w0, dpair, Some(gradient(done.z.into())))
-            }
-        };
-        let r = i.results_with(dpair);
+        let checked = "checked before the operation was chosen";
+        let scan = self.scan;
+        let done = scan.differentiate_gated(saved, dy.clone().tensor(), &pair);
+        let done = done.expect(checked);
+        let r = i.results_with(Buffer::of(&done.z).expect(checked));
         let mut reads = i.reads();
-        reads.extend([&pair, &dy]);
-        reads.extend(&dz);
+        reads.push(&dy);
         on_stream(&reads, &r.writes(), |cx, from, to| {
-            let at = Results::at(to, from[5]);
-            if let Some(&dz) = from.get(6) {
-                i.through_swiglu(cx, (at.dpair, 0), (from[4], dz))?;
-            }
-            i.backward(cx, from, &at)
+            i.backward(cx, from, &Results::at(to, from[4]))
         });
         let [dx, dgain, dgate, dup] = r.gradients(i.f);
-        [dx, dgain, dgate, dup, dv.into(), dw0.into()].map(Some)
+        [dx, dgain, dgate, dup, done.v.into(), done.w0.into()].map(Some)
     }
 }

@@ -29,7 +29,6 @@ pub struct Backward<'a> {
     dy: Buffer,
     last: Vec<Option<Buffer>>,
     first: Vec<Option<Buffer>>,
-    dz: Buffer,
     dv: Buffer,
     dw0: Buffer,
     /// G and S of the row at hand.
@@ -38,6 +37,10 @@ pub struct Backward<'a> {
     /// Slabs: of VᵀZ, then the weights that pieces read; of dOᵀZ, then of the sums of later pieces.
     weights: Buffer,
     sums: Buffer,
+    /// The weights that the pieces of all rows read, if they were kept.
+    kept: Option<Buffer>,
+    /// Of gate and up side by side `[T, 2F]`, which made Z: their values and their gradients.
+    pair: Option<[Buffer; 2]>,
     /// dW0 holds a sum.
     begun: bool,
     /// The slabs hold the products of the group that is next.
@@ -74,7 +77,6 @@ impl<'a> Backward<'a> {
         let last = last.map(|kept| kept.take().and_then(|t| Buffer::of(&t)));
         Some(Self {
             rows: shape.pieces.iter().map(|p| groups(p, most)).collect(),
-            dz: i.z.empty(i.z.dims(), DType::BF16),
             dv: i.v.empty(i.v.dims(), DType::BF16),
             last: last.collect(),
             first,
@@ -84,11 +86,22 @@ impl<'a> Backward<'a> {
             state,
             weights,
             sums,
+            kept: None,
+            pair: None,
             begun: false,
             filled: false,
             shape,
             i,
         })
+    }
+
+    /// On through the SwiGLU that made Z of `pair`, gate and up side by side `[T, 2F]`; `kept`: the weights
+    /// that the pieces of all rows read, if the forward pass kept them.
+    pub fn through(mut self, pair: &Buffer, kept: Option<Buffer>) -> Self {
+        let dpair = pair.empty(pair.dims(), DType::BF16);
+        self.pair = Some([pair.clone(), dpair]);
+        self.kept = kept;
+        self
     }
 
     /// All of it; the documents that end here while the gradients of the others' fast weights are on
@@ -112,20 +125,37 @@ impl<'a> Backward<'a> {
             true => 1,
             false => own.len().max(1),
         };
+        let dz = self.inner_gradient();
         for jobs in own.chunks(at_once) {
-            self.walk(jobs, &vec![None; self.rows.len()]);
+            self.walk(jobs, &dz, &vec![None; self.rows.len()]);
             exchange.pass_on();
         }
         self.fill(open.first(), &mut exchange);
         let returned = exchange.finish();
         if !open.is_empty() {
-            self.walk(&open, &arrived(&returned));
+            self.walk(&open, &dz, &arrived(&returned));
         }
         Gradients {
-            z: self.dz.tensor(),
+            z: match self.pair {
+                Some([_, dpair]) => dpair.tensor::<2>().unsqueeze(),
+                None => dz.tensor(),
+            },
             v: self.dv.tensor(),
             w0: self.dw0.tensor(),
             returned,
+        }
+    }
+
+    /// Memory for dZ; if that goes on through SwiGLU, of one group at a time.
+    fn inner_gradient(&self) -> Buffer {
+        let tokens = |group: &Group| group.pieces.len() * group.pieces[0].range.len();
+        let (z, f) = (&self.i.z, self.i.sizes.f);
+        match self.pair {
+            None => z.empty(z.dims(), DType::BF16),
+            Some(_) => {
+                let most = self.rows.iter().flatten().map(tokens).max();
+                z.empty([most.unwrap_or(1), f], DType::BF16)
+            }
         }
     }
 
@@ -155,15 +185,15 @@ impl<'a> Backward<'a> {
     }
 
     /// The groups of `jobs`, backwards; for each row, G at its end.
-    fn walk(&mut self, jobs: &[Job], behind: &[Option<Buffer>]) {
+    fn walk(&mut self, jobs: &[Job], dz: &Buffer, behind: &[Option<Buffer>]) {
         let (i, lr) = (&self.i, self.shape.lr);
         let s = &i.sizes;
         // Three lists of matrices follow, each without its gaps.
         let lists = [&self.last[..], &self.first, behind];
         let mut reads = vec![&i.z, &i.v, &i.w0, &self.dy];
         reads.extend(lists.iter().flat_map(|list| list.iter().flatten()));
-        let writes = [
-            &self.dz,
+        let mut writes = vec![
+            dz,
             &self.dv,
             &self.dw0,
             &self.later,
@@ -171,13 +201,26 @@ impl<'a> Backward<'a> {
             &self.weights,
             &self.sums,
         ];
+        let (kept, pair) = (&self.kept, &self.pair);
+        reads.extend(kept);
+        reads.extend(pair.iter().map(|[values, _]| values));
+        writes.extend(pair.iter().map(|[_, gradients]| gradients));
         let rows = &self.rows;
         let begun = std::mem::replace(&mut self.begun, true);
         let mut filled = std::mem::take(&mut self.filled);
         on_stream(&reads, &writes, |cx, from, to| {
             let dy = from[3];
             let (dz, dv, dw0, later, state) = (to[0], to[1], to[2], to[3], to[4]);
-            let (weights, sums) = (to[5], to[6]);
+            let mut at = 4;
+            let [last, first, behind] = lists.map(|list| addresses(list, from, &mut at));
+            let known = kept.is_some();
+            let (weights, sums) = match known {
+                true => (from[at], to[6]),
+                false => (to[5], to[6]),
+            };
+            let pair = pair
+                .as_ref()
+                .map(|_| (from[at + usize::from(known)], to[7]));
             let pass = Pass::new(i, from, lr);
             let products = Products {
                 pass: &pass,
@@ -187,15 +230,13 @@ impl<'a> Backward<'a> {
             if !begun {
                 cx.zero(dw0, 4 * s.elements())?;
             }
-            let mut at = 4;
-            let [kept, first, behind] = lists.map(|list| addresses(list, from, &mut at));
             for job in jobs {
                 let row = job.row;
                 let all = &rows[row];
-                let kept = kept[row].filter(|_| job.last);
+                let last = last[row].filter(|_| job.last);
                 let behind = behind[row].filter(|_| job.last);
-                let (mut has_state, mut has_later) = (kept.is_some(), behind.is_some());
-                for (to, source) in [(state, kept), (later, behind)] {
+                let (mut has_state, mut has_later) = (last.is_some(), behind.is_some());
+                for (to, source) in [(state, last), (later, behind)] {
                     if let Some(source) = source {
                         cx.copy(to, source, 4 * s.elements())?;
                     }
@@ -218,13 +259,20 @@ impl<'a> Backward<'a> {
                     let (gets, keeps) = receivers(group, &mut has_later);
                     has_state &= group.pieces.iter().all(|piece| piece.reads);
                     if !std::mem::take(&mut filled) {
-                        products.updates(cx, row, group)?;
+                        if !known {
+                            products.updates(cx, row, group)?;
+                        }
                         products.gradients(cx, row, group)?;
                     }
-                    let state = if group.whole { 0 } else { state };
-                    let states = [state, later, dw0];
-                    pass.gradients(cx, group, (weights, sums), states, (gets, keeps))?;
-                    products.inner(cx, row, group, dz, gets)?;
+                    let slabs = (if known { 0 } else { weights }, sums);
+                    pass.gradients(cx, group, slabs, [state, later, dw0], (gets, keeps))?;
+                    match pair {
+                        Some(pair) => products.through(cx, row, group, (pair, dz), gets)?,
+                        None => {
+                            let dz = s.rows(dz, row, group, s.f);
+                            products.inner(cx, row, group, dz, gets)?;
+                        }
+                    }
                     products.targets(cx, row, group, dv, gets)?;
                 }
             }
@@ -255,57 +303,6 @@ fn open_at(all: &[Group]) -> usize {
     before.count()
 }
 
-/// What [`Backward::run_gated`] computes.
-pub struct Gated {
-    /// Of gate and up side by side: `[T, 2F]` bf16.
-    pub pair: Buffer,
-    /// `[B, N, D]`
-    pub v: Tensor<3>,
-    /// `[D, F]`
-    pub w0: Tensor<2>,
-}
-
-impl Backward<'_> {
-    /// All of it, and back through the SwiGLU that made Z of `pair` `[T, 2F]`: of rows in one group, whose
-    /// `weights` `[pieces, D, F]` the forward pass kept.
-    pub fn run_gated(self, weights: &Buffer, pair: &Buffer) -> Gated {
-        let (i, lr, group) = (&self.i, self.shape.lr, &self.rows[0][0]);
-        let s = &i.sizes;
-        let dpair = pair.empty(pair.dims(), DType::BF16);
-        let reads = [&i.z, &i.v, &i.w0, &self.dy, weights, pair];
-        let writes = [&self.dz, &self.dv, &self.dw0, &self.sums, &dpair];
-        on_stream(&reads, &writes, |cx, from, to| {
-            let pass = Pass::new(i, from, lr);
-            let (dy, weights, pair) = (from[3], from[4], from[5]);
-            let (dz, dv, dw0, sums, dpair) = (to[0], to[1], to[2], to[3], to[4]);
-            let products = Products {
-                pass: &pass,
-                dy,
-                slabs: (weights, sums),
-            };
-            products.gradients(cx, 0, group)?;
-            cx.zero(dw0, 4 * s.elements())?;
-            let (gets, keeps) = receivers(group, &mut false);
-            pass.gradients(cx, group, (0, sums), [0, 0, dw0], (gets, keeps))?;
-            let all = |at, rows, columns| Matrix::new(at, rows, columns, DType::BF16);
-            let tokens = i.z.len() / s.f;
-            let matrices = [weights, sums].map(|at| all(at, group.pieces.len() * s.d, s.f));
-            let rows = [dy, pass.v].map(|at| all(at, tokens, s.d));
-            let piece = group.pieces[0].range.len();
-            if !cx.learned_product_backward(rows, matrices, piece, (dpair, pair))? {
-                products.inner(cx, 0, group, dz, gets)?;
-                through_swiglu(cx, (dpair, 0), (pair, dz), (tokens, s.f))?;
-            }
-            products.targets(cx, 0, group, dv, gets)
-        });
-        Gated {
-            pair: dpair,
-            v: self.dv.tensor(),
-            w0: self.dw0.tensor(),
-        }
-    }
-}
-
 /// What is multiplied for a group before its weights and sums are known.
 struct Products<'a> {
     pass: &'a Pass<'a>,
@@ -331,23 +328,50 @@ impl Products<'_> {
         cx.gemm(dy.t(), z, s.slots(self.slabs.1, group), 1.0, 0.0)
     }
 
-    /// dZ = dO Wᵢ + V ηGᵢ.
+    /// dZ = dO Wᵢ + V ηGᵢ into `dz`, that of the group.
     fn inner(
         &self,
         cx: &mut Context,
         row: usize,
         group: &Group,
-        dz: u64,
+        dz: Matrix,
         gets: u32,
     ) -> Result<(), String> {
         let s = self.pass.s;
         let (weights, sums) = (s.slots(self.slabs.0, group), s.slots(self.slabs.1, group));
-        let dz = s.rows(dz, row, group, s.f);
         cx.gemm(s.rows(self.dy, row, group, s.d), weights, dz, 1.0, 0.0)?;
         match gets {
             0 => Ok(()),
             _ => cx.gemm(s.rows(self.pass.v, row, group, s.d), sums, dz, 1.0, 1.0),
         }
+    }
+
+    /// The same, and on through SwiGLU: `pair` is where gate and up, and their gradients, lie for all rows;
+    /// `dz` is scratch.
+    fn through(
+        &self,
+        cx: &mut Context,
+        row: usize,
+        group: &Group,
+        ((pair, dpair), dz): ((u64, u64), u64),
+        gets: u32,
+    ) -> Result<(), String> {
+        let s = self.pass.s;
+        let (count, piece) = (group.pieces.len(), group.pieces[0].range.len());
+        let tokens = count * piece;
+        let [pair, dpair] = [pair, dpair].map(|at| s.rows(at, row, group, 2 * s.f).at);
+        let rows = [self.dy, self.pass.v].map(|at| {
+            let first = s.rows(at, row, group, s.d).at;
+            Matrix::new(first, tokens, s.d, DType::BF16)
+        });
+        let (weights, sums) = self.slabs;
+        let matrices = [weights, sums].map(|at| Matrix::new(at, count * s.d, s.f, DType::BF16));
+        if cx.learned_product_backward(rows, matrices, piece, (dpair, pair))? {
+            return Ok(());
+        }
+        let of_pieces = Matrix::new(dz, piece, s.f, DType::BF16).batched(count, piece * s.f);
+        self.inner(cx, row, group, of_pieces, gets)?;
+        through_swiglu(cx, (dpair, 0), (pair, dz), (tokens, s.f))
     }
 
     /// dV = Z ηGᵢᵀ.

@@ -93,7 +93,7 @@ pub struct Outcome {
 /// What a backward pass computes.
 #[derive(Debug)]
 pub struct Gradients {
-    /// `[B, N, F]`
+    /// `[B, N, F]`; or of what made z.
     pub z: Tensor<3>,
     /// `[B, N, D]`
     pub v: Tensor<3>,
@@ -245,7 +245,33 @@ impl FastWeightScan {
     /// The gradients of z, v and w0, given that of the output.
     pub fn differentiate(&self, saved: Saved, dy: Tensor<3>) -> Gradients {
         let exchange = self.returning(&saved.z, &dy, &saved.w0);
-        let mut done = self.gradients(saved, dy, exchange);
+        let done = self.gradients(saved, dy, exchange);
+        self.faulty(done)
+    }
+
+    /// The same, and on through the SwiGLU that made z of `pair`, gate and up side by side `[T, 2F]`: their
+    /// gradients `[1, T, 2F]` in place of z's. `None` where there are no kernels.
+    #[cfg(feature = "cuda")]
+    pub fn differentiate_gated(
+        &self,
+        mut saved: Saved,
+        dy: Tensor<3>,
+        pair: &crate::cuda::stream::Buffer,
+    ) -> Option<Gradients> {
+        use crate::cuda::{stream::Buffer, ttt};
+        let exchange = self.returning(&saved.z, &dy, &saved.w0);
+        let shape = self.shape(&saved.w0);
+        let states = ttt::States {
+            last: &mut saved.last,
+            first: &saved.first,
+        };
+        let kept = saved.weights.as_ref().and_then(Buffer::of);
+        let scan = ttt::Backward::new([&saved.z, &saved.v], &saved.w0, states, &dy, &shape)?;
+        Some(self.faulty(scan.through(pair, kept).run(exchange)))
+    }
+
+    /// With the fault that a test has planted.
+    fn faulty(&self, mut done: Gradients) -> Gradients {
         if let Some(context) = &self.spec.context
             && context.planted(Fault::SuffixInWeightGradient)
         {
@@ -253,32 +279,6 @@ impl FastWeightScan {
             done.w0 = returned.fold(done.w0, |a, b| a + b);
         }
         done
-    }
-
-    /// The same, and on through the SwiGLU that made z of `pair`, where the weights were kept.
-    #[cfg(feature = "cuda")]
-    #[allow(clippy::result_large_err)] // goes back by value, not cloned
-    pub fn differentiate_gated(
-        &self,
-        saved: Saved,
-        dy: &crate::cuda::stream::Buffer,
-        pair: &crate::cuda::stream::Buffer,
-    ) -> Result<crate::cuda::ttt::Gated, Saved> {
-        use crate::cuda::{stream::Buffer, ttt};
-        let Some(weights) = saved.weights.as_ref().and_then(Buffer::of) else {
-            return Err(saved);
-        };
-        let shape = self.shape(&saved.w0);
-        let states = ttt::States {
-            last: &mut [],
-            first: &[],
-        };
-        let dy: Tensor<3> = dy.clone().tensor();
-        let scan = ttt::Backward::new([&saved.z, &saved.v], &saved.w0, states, &dy, &shape);
-        match scan {
-            Some(scan) => Ok(scan.run_gated(&weights, pair)),
-            None => Err(saved),
-        }
     }
 
     fn outcome(
