@@ -26,8 +26,8 @@ pub struct UnitState {
     pub moments: Moments,
     /// The shard in the precision that the model computes in, if the update made it.
     copy: Option<Tensor<1>>,
-    /// The gradient summed so far in this step, end to end: as the first backward pass left it, until
-    /// there is something to add.
+    /// The gradient summed so far in this step, end to end: as the first backward pass left it, some of
+    /// it in bf16, until there is something to add; then f32.
     gradient: Option<Vec<Part>>,
     /// The parameters as the model computes with them, until the next update.
     ready: Option<Params>,

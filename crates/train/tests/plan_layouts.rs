@@ -246,6 +246,36 @@ fn gradients_of_the_first_pass_replace_activations() {
     assert!(twice > 10.0 * once);
 }
 
+/// What one pass on one GPU leaves of products is bf16; where something is added to it, all is f32.
+#[test]
+fn gradients_of_products_are_narrow_until_they_are_added() {
+    let held = |batch_tokens: usize, precision: &str, ranks| {
+        let sets = [
+            "train.sequence_length=2048".to_string(),
+            format!("train.batch_tokens={batch_tokens}"),
+            format!("train.compute={precision}"),
+        ];
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let plan = Plan::on(&shipped("500m", &sets), layout(ranks));
+        let items = plan.memory.items.into_iter();
+        let mut found = items.filter(|item| item.name.starts_with("gradients"));
+        let item = found.next().expect("an item");
+        (item.name, item.bytes)
+    };
+    let square = 1024.0 * 1024.0;
+    // q, k, v, o; gate, up and down of three squares each; W_t of four layers, whose down is W_0.
+    let (w0, matrices) = (4.0 * 3.0 * square, 24.0 * 13.0 * square + 4.0 * square);
+    // Gains, taps, embedding and head.
+    let others = (49.0 + 4.0 * 5.0 + 2.0 * 32_000.0) * 1024.0;
+    let narrow = 2.0 * (matrices - w0) + 4.0 * (w0 + others);
+    let wide = 4.0 * (matrices + others);
+    let (bf16, f32) = ("gradients, bf16".to_string(), "gradients, f32".to_string());
+    assert_eq!(held(2048, "bf16", [1, 1, 1]), (bf16, narrow));
+    assert_eq!(held(2048, "f32", [1, 1, 1]), (f32.clone(), wide));
+    assert_eq!(held(4096, "bf16", [1, 1, 1]), (f32.clone(), wide));
+    assert_eq!(held(4096, "bf16", [2, 1, 1]), (f32, wide));
+}
+
 fn shipped(name: &str, sets: &[&str]) -> Config {
     let sets: Vec<String> = sets.iter().map(ToString::to_string).collect();
     let configs = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../configs");

@@ -68,7 +68,8 @@ pub fn step(
     let mut reads = vec![&w, &m, &v, &scale, &keep];
     reads.extend(grad.buffers());
     on_stream(&reads, &writes, |cx, from, to| {
-        grad.each(&from[5..], |begin, count, at| {
+        grad.each(&from[5..], |stretch| {
+            let Stretch { begin, count, .. } = stretch;
             let (wide, narrow) = (4 * begin as u64, 2 * begin as u64);
             let inside =
                 |place: usize| Arg::Size((place.clamp(begin, begin + count) - begin) as u64);
@@ -80,7 +81,7 @@ pub fn step(
                 Arg::Ptr(from[0] + wide),
                 Arg::Ptr(from[1] + wide),
                 Arg::Ptr(from[2] + wide),
-                Arg::Ptr(at),
+                Arg::Ptr(stretch.at),
                 Arg::Ptr(from[3]),
                 Arg::Ptr(from[4]),
                 Arg::Size(count as u64),
@@ -88,14 +89,15 @@ pub fn step(
                 inside(decayed.end),
                 Arg::Floats(constants),
             ];
-            cx.launch_over("adamw", (count as u64).div_ceil(4), &args)
+            let kernel = stretch.kernel("adamw", "adamw_narrow");
+            cx.launch_over(kernel, (count as u64).div_ceil(4), &args)
         })
     });
     let [w, first, second] = outputs.map(Buffer::tensor);
     Ok((w, Moments { first, second }, copy.map(Buffer::tensor)))
 }
 
-/// A gradient as the kernels read it: stretches of f32 that begin at multiples of four elements.
+/// A gradient as the kernels read it: parts, f32 or bf16, that begin at multiples of four elements.
 struct Gradient {
     /// Elements, and the memory unless they are zeros.
     parts: Vec<(usize, Option<Buffer>)>,
@@ -111,8 +113,8 @@ impl Gradient {
                 Part::Values(values) => Some(Buffer::of(values)?),
                 Part::Zeros(_) => None,
             };
-            let wide = buffer.as_ref().is_none_or(|b| b.dtype() == DType::F32);
-            if !wide || begin % 4 != 0 {
+            let read = |b: &Buffer| matches!(b.dtype(), DType::F32 | DType::BF16);
+            if !buffer.as_ref().is_none_or(read) || begin % 4 != 0 {
                 let whole = f32(&joined(grad.to_vec()))?;
                 let parts = vec![(whole.len(), Some(whole))];
                 return Some(Self { parts });
@@ -127,35 +129,74 @@ impl Gradient {
         self.parts.iter().filter_map(|(_, buffer)| buffer.as_ref())
     }
 
-    /// Calls `work` with the first element, the number of elements and the address (0 for zeros) of
-    /// each part; `addresses` are those of [`Gradient::buffers`]. Parts that follow each other in memory
-    /// are one: a product often makes the gradients of several parameters.
+    /// Calls `work` with each stretch; `addresses` are those of [`Gradient::buffers`].
     fn each(
         &self,
         addresses: &[u64],
-        mut work: impl FnMut(usize, usize, u64) -> Result<(), String>,
+        work: impl FnMut(Stretch) -> Result<(), String>,
     ) -> Result<(), String> {
         let mut addresses = addresses.iter();
-        let mut joined: Vec<(usize, u64)> = vec![];
+        let mut parts = Vec::with_capacity(self.parts.len());
         for (count, buffer) in &self.parts {
-            let at = match buffer {
-                Some(_) => *addresses.next().ok_or("a gradient without an address")?,
-                None => 0,
-            };
-            match joined.last_mut() {
-                Some((before, from)) if at != 0 && *from + 4 * *before as u64 == at => {
-                    *before += count;
+            parts.push(match buffer {
+                Some(buffer) => {
+                    let at = *addresses.next().ok_or("a gradient without an address")?;
+                    (*count, at, buffer.dtype())
                 }
-                _ => joined.push((*count, at)),
-            }
+                None => (*count, 0, DType::F32),
+            });
         }
-        let mut begin = 0;
-        for (count, at) in joined {
-            work(begin, count, at)?;
-            begin += count;
-        }
-        Ok(())
+        stretches(&parts).into_iter().try_for_each(work)
     }
+}
+
+/// What one launch reads of a gradient.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Stretch {
+    /// Its first element among all.
+    begin: usize,
+    /// Elements.
+    count: usize,
+    /// Address, 0 for zeros.
+    at: u64,
+    dtype: DType,
+}
+
+impl Stretch {
+    /// The kernel for its precision.
+    fn kernel(&self, wide: &'static str, narrow: &'static str) -> &'static str {
+        match self.dtype {
+            DType::BF16 => narrow,
+            _ => wide,
+        }
+    }
+
+    /// The address behind its last element.
+    fn end(&self) -> u64 {
+        self.at + (self.count * self.dtype.size()) as u64
+    }
+}
+
+/// Elements, addresses and precisions of parts as stretches. Parts of one precision that follow each
+/// other in memory are one: a product often makes the gradients of several parameters.
+fn stretches(parts: &[(usize, u64, DType)]) -> Vec<Stretch> {
+    let mut all: Vec<Stretch> = vec![];
+    let mut begin = 0;
+    for &(count, at, dtype) in parts {
+        match all.last_mut() {
+            Some(last) if last.at != 0 && last.dtype == dtype && last.end() == at => {
+                last.count += count;
+            }
+            _ => all.push(Stretch {
+                begin,
+                count,
+                at,
+                dtype,
+            }),
+        }
+        begin += count;
+    }
+    all
 }
 
 /// Most blocks of the first pass over a part.
@@ -176,13 +217,15 @@ pub fn square_sum(grad: &[Part]) -> Option<Tensor<1>> {
     let reads: Vec<&Buffer> = grad.buffers().collect();
     on_stream(&reads, &[&out, &partial], |cx, from, to| {
         let mut next = to[1];
-        grad.each(from, |_, count, at| {
+        grad.each(from, |stretch| {
+            let Stretch { count, at, .. } = stretch;
             if at == 0 {
                 return Ok(());
             }
             let args = [Arg::Ptr(next), Arg::Ptr(at), Arg::Size(count as u64)];
             next += 4 * blocks(count) as u64;
-            cx.launch("square_sum", (blocks(count) as u32, 1, 1), 512, &args)
+            let kernel = stretch.kernel("square_sum", "square_sum_narrow");
+            cx.launch(kernel, (blocks(count) as u32, 1, 1), 512, &args)
         })?;
         let args = [
             Arg::Ptr(to[0]),
@@ -193,4 +236,37 @@ pub fn square_sum(grad: &[Part]) -> Option<Tensor<1>> {
         cx.launch("scaled_total", (1, 1, 1), 1024, &args)
     });
     Some(out.tensor())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_parts_of_one_precision_are_read_together() {
+        use DType::{BF16, F32};
+        // Two of bf16 side by side; an f32 part just behind them; zeros; f32 twice, with a gap.
+        let parts = [
+            (8, 1024, BF16),
+            (16, 1040, BF16),
+            (4, 1072, F32),
+            (4, 0, F32),
+            (12, 4096, F32),
+            (4, 4160, F32),
+        ];
+        let stretch = |begin, count, at, dtype| Stretch {
+            begin,
+            count,
+            at,
+            dtype,
+        };
+        let expected = [
+            stretch(0, 24, 1024, BF16),
+            stretch(24, 4, 1072, F32),
+            stretch(28, 4, 0, F32),
+            stretch(32, 12, 4096, F32),
+            stretch(44, 4, 4160, F32),
+        ];
+        assert_eq!(stretches(&parts), expected);
+    }
 }

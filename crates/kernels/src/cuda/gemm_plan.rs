@@ -155,8 +155,10 @@ pub fn new_plan(handle: sys::cublasLtHandle_t, key: Key) -> Result<Plan, String>
     let preference = lt::create_matmul_pref().map_err(failed("preference"))?;
     let workspace = WORKSPACE;
     let alignment: u32 = if key.aligned { 16 } else { 2 };
+    // Where k is split, its parts are added in f32, not in the narrower precision of the result.
+    let reductions = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
     use sys::cublasLtMatmulPreferenceAttributes_t::*;
-    // SAFETY: the attributes are a usize and four u32; the objects live.
+    // SAFETY: the attributes are a usize and u32; the objects live.
     let found = unsafe {
         lt::set_matmul_pref_attribute(
             preference,
@@ -165,6 +167,15 @@ pub fn new_plan(handle: sys::cublasLtHandle_t, key: Key) -> Result<Plan, String>
             size_of::<usize>(),
         )
         .map_err(failed("preference"))?;
+        if c_type != DType::F32 {
+            lt::set_matmul_pref_attribute(
+                preference,
+                CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                (&raw const reductions).cast(),
+                size_of::<u32>(),
+            )
+            .map_err(failed("preference"))?;
+        }
         for which in [
             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,

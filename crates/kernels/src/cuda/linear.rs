@@ -44,7 +44,11 @@ pub fn input_gradient(dy: &Tensor<2>, weight: &Tensor<2>) -> Option<Tensor<2>> {
     product(dy, &cast(weight.clone(), DType::BF16), DType::BF16)
 }
 
-/// dyᵀ x in f32: `[M, K]`.
-pub fn weight_gradient(dy: &Tensor<2>, x: &Tensor<2>) -> Option<Tensor<2>> {
-    product(&dy.clone().transpose(), x, DType::F32)
+/// dyᵀ x: `[M, K]`, in bf16 for a bf16 weight, else in f32.
+pub fn weight_gradient(dy: &Tensor<2>, x: &Tensor<2>, weight: DType) -> Option<Tensor<2>> {
+    let dtype = match weight {
+        DType::BF16 => DType::BF16,
+        _ => DType::F32,
+    };
+    product(&dy.clone().transpose(), x, dtype)
 }

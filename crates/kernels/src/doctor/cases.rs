@@ -1,18 +1,13 @@
 //! The operations with sizes that no tile divides.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use super::compare::{Comparison, Op, rate_of};
+use super::compare::Op;
 use super::mirror::Mirror;
 use crate::context::{Context, ContextSettings, StateExchange};
 use crate::dtype::cast;
-use crate::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
-use crate::ops::flat::Part;
-use crate::profile::record;
-use crate::testing::{normal, relative_error, values};
 use crate::ttt::{ScanSpec, chunk_conv, fast_weight_scan};
 use crate::{
     AttentionSpec, Packing, attention, embedding, linear, linear_cross_entropy, rms_norm, rope,
@@ -348,76 +343,4 @@ fn plain(x: &Tensor<1>) -> Device {
 fn ints(ids: Vec<i64>, device: &Device) -> Tensor<1, Int> {
     let count = ids.len();
     Tensor::from_data(TensorData::new(ids, [count]), device)
-}
-
-/// AdamW in f32 on both sides, a skipped step with NaN, and the sum of squares.
-pub fn optimizer(device: &Device) -> Vec<Comparison> {
-    let run = |device: &Device, poisoned: bool| -> [Tensor<1>; 5] {
-        let t = |seed| -> Tensor<1> { normal([100_003], 1.0, seed, device, DType::F32) };
-        let scalar =
-            |x: f32| Tensor::from_data(TensorData::new(vec![x], [1]), (device, DType::F32));
-        let hyper = AdamW {
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-        };
-        let moments = Moments {
-            first: t(2),
-            second: t(3).square(),
-        };
-        // Zeros between two stretches, as a parameter without a gradient leaves them.
-        let parts = |whole: Tensor<1>| {
-            let part = |range: Range<usize>| Part::Values(whole.clone().slice([range]));
-            vec![part(0..40_000), Part::Zeros(20_000), part(60_000..100_003)]
-        };
-        let sum = square_sum(&parts(t(4)));
-        let grad = parts(if poisoned { t(4) * f32::NAN } else { t(4) });
-        let keep = if poisoned { 0.0 } else { 1.0 };
-        let (w, m, copy) = adamw_step(
-            t(1),
-            moments,
-            grad,
-            5..70_001,
-            1e-2,
-            7,
-            scalar(0.5),
-            scalar(keep),
-            &hyper,
-            true,
-        );
-        // The copy holds the weights rounded once: compared through what it differs by.
-        let rounded = cast(copy.expect("asked for"), DType::F32);
-        let exact = cast(cast(w.clone(), DType::BF16), DType::F32);
-        [w, m.first, m.second, sum, rounded - exact]
-    };
-    let host = Device::flex();
-    let mut all = vec![];
-    for (name, poisoned) in [("AdamW", false), ("AdamW, skipped", true)] {
-        let (ours, reference) = (run(device, poisoned), run(&host, poisoned));
-        let copy = values(&ours[4]).iter().all(|difference| *difference == 0.0);
-        all.push(Comparison {
-            name: format!("{name}: bf16 copy"),
-            error: if copy { 0.0 } else { f64::INFINITY },
-            bound: 0.0,
-            rate: None,
-        });
-        let rate = match record(device, || run(device, poisoned)) {
-            Some(Ok((_, timed))) => rate_of(&timed),
-            _ => None,
-        };
-        for (part, (a, b)) in ["weights", "mean", "square", "Σ g²"]
-            .iter()
-            .zip(ours.iter().zip(&reference))
-        {
-            all.push(Comparison {
-                name: format!("{name}: {part}"),
-                error: relative_error(a, b),
-                // A few f32 roundings; a sum of 10⁵ terms in another order.
-                bound: 1e-5,
-                rate,
-            });
-        }
-    }
-    all
 }

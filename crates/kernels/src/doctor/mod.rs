@@ -4,6 +4,7 @@ mod cases;
 mod compare;
 mod halves;
 mod mirror;
+mod optimizer;
 mod system;
 
 pub use compare::{Comparison, Op, Rate, compare, repeated};
@@ -28,7 +29,7 @@ pub fn check(device: &Device, mut report: impl FnMut(&Comparison)) -> bool {
     for case in cases::all() {
         tell(compare(&case, device));
     }
-    tell(cases::optimizer(device));
+    tell(optimizer::all(device));
     deterministic::set(true);
     for case in cases::attentions() {
         let name = format!("{}, deterministic", case.name);

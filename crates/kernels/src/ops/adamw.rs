@@ -31,7 +31,7 @@ pub struct Moments {
     pub second: Tensor<1>,
 }
 
-/// One step: master `[n]` f32, grad, n elements end to end → the new master and moments.
+/// One step: master `[n]` f32, grad, n elements end to end, f32 or bf16 → the new master and moments.
 ///
 /// With g = `scale` · grad and t = `step` (from 1):
 /// m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g²,
@@ -224,6 +224,44 @@ mod tests {
             false,
         );
         assert_ne!(before[0], values(&moved));
+    }
+
+    /// Parts in bf16, beside others and up to odd ends, are what their values in f32 would be.
+    #[test]
+    fn parts_of_either_precision_count_alike() {
+        let narrow: Tensor<1> = normal([21], 1.0, 6, &Device::flex(), DType::BF16);
+        let wide: Tensor<1> = normal([11], 1.0, 7, &Device::flex(), DType::F32);
+        let grad = |first: &Tensor<1>| {
+            let values = |part: &Tensor<1>| Part::Values(part.clone());
+            vec![values(first), Part::Zeros(5), values(&wide)]
+        };
+        let stepped = |grad: Vec<Part>| {
+            let sum = square_sum(&grad);
+            let (master, moments) = start();
+            let (one, keep) = (scalar(0.5), scalar(1.0));
+            let (w, m, copy) = adamw_step(
+                master,
+                moments,
+                grad,
+                0..20,
+                1e-2,
+                1,
+                one,
+                keep,
+                &HYPER,
+                true,
+            );
+            let copy = cast(copy.expect("asked for"), DType::F32);
+            [w, m.first, m.second, copy, sum].map(|t| values(&t))
+        };
+        let mixed = stepped(grad(&narrow));
+        assert_eq!(mixed, stepped(grad(&cast(narrow.clone(), DType::F32))));
+        // Control: other bf16 values are seen in the weights, the moments and the sum.
+        let other = narrow.clone() + 1.0;
+        let other = stepped(grad(&other));
+        for i in [0, 1, 2, 4] {
+            assert_ne!(mixed[i], other[i]);
+        }
     }
 
     #[test]

@@ -66,10 +66,10 @@ fn input_gradient(dy: &Tensor<2>, weight: Tensor<2>, dtype: DType) -> Tensor<2> 
     dy.clone().matmul(cast(weight, dtype))
 }
 
-/// On CUDA in f32, whatever the weight's precision: that is what the product sums in.
+/// In the weight's precision; summed wide on CUDA, whatever that is.
 fn weight_gradient(dy: Tensor<2>, x: Tensor<2>, dtype: DType) -> Tensor<2> {
     #[cfg(feature = "cuda")]
-    if let Some(dw) = crate::cuda::linear::weight_gradient(&dy, &x) {
+    if let Some(dw) = crate::cuda::linear::weight_gradient(&dy, &x, dtype) {
         return dw;
     }
     cast(dy.transpose().matmul(x), dtype)

@@ -6,8 +6,8 @@
 
 use ttt_kernels::context::{AttentionExchange, Payload};
 use ttt_kernels::ops::attention::heads_divide;
-use ttt_model::Unit;
 use ttt_model::params::all_params;
+use ttt_model::{ParamSpec, Unit};
 use ttt_parallel::Layout;
 
 use super::precision;
@@ -15,11 +15,13 @@ use super::saved::{keys, per_token};
 use crate::config::{Activations, Config, DeviceKind};
 use crate::units::FlatLayout;
 
-/// The item whose size depends on the moment.
+/// The item whose size depends on the moment; narrow where most of it is.
 const GRADIENTS: &str = "gradients, f32";
+const NARROW_GRADIENTS: &str = "gradients, bf16";
 
-/// Bytes of an f32.
+/// Bytes of an f32, and of a bf16.
 const F32: f64 = 4.0;
+const BF16: f64 = 2.0;
 
 /// Logits that the loss holds at a time: the slice of `ttt_kernels::linear_cross_entropy`, and of its
 /// fused form.
@@ -163,7 +165,34 @@ impl<'a> Sizes<'a> {
     }
 
     fn all_gradients(&self) -> MemoryItem {
-        item(GRADIENTS, F32 * self.shard)
+        let alone = self.micro_batches() == 1 && self.layout.ranks() == 1;
+        if !alone || !self.fused() {
+            return item(GRADIENTS, F32 * self.shard);
+        }
+        // Nothing is added to them, so they stay as they were made.
+        let units = Unit::all(&self.config.model);
+        let bytes = units.into_iter().map(|unit| self.made_bytes(unit)).sum();
+        item(NARROW_GRADIENTS, bytes)
+    }
+
+    /// The gradients of one unit as its backward pass leaves them. Fused, a product writes that of a bf16
+    /// matrix in bf16; those of W_0, of the embedding and of the head are sums of several products.
+    fn made_bytes(&self, unit: Unit) -> f64 {
+        let narrow = self.fused() && matches!(unit, Unit::Block(_));
+        let bytes = |param: &ParamSpec| match narrow && param.decays() && !param.master_precision {
+            true => BF16,
+            false => F32,
+        };
+        let params = unit.params(&self.config.model);
+        params.iter().map(|p| bytes(p) * p.len() as f64).sum()
+    }
+
+    /// [`Sizes::made_bytes`] of the block that has most.
+    fn made_by_block_bytes(&self) -> f64 {
+        let blocks = (0..self.config.model.num_hidden_layers).map(Unit::Block);
+        blocks
+            .map(|block| self.made_bytes(block))
+            .fold(0.0, f64::max)
     }
 
     /// The weights that are whole at a time.
@@ -315,7 +344,7 @@ impl<'a> Sizes<'a> {
         }
         let payload = match self.config.parallel.context_payload {
             Payload::F32 => F32,
-            Payload::Bf16 => 2.0,
+            Payload::Bf16 => BF16,
         };
         let rows = self.config.train.micro_batch_rows as f64;
         (2.0 * F32 + 2.0 * payload) * rows * self.hidden * self.intermediate
@@ -351,9 +380,9 @@ impl<'a> Sizes<'a> {
         let activations = self.tokens * width * self.compute_bytes;
         // Parts that are to be added; the first stay where they are, as the gradient. Where it is
         // sharded: parts, these joined, and the block before on its way.
-        let buffers = match (self.sharded(), self.micro_batches() > 1) {
-            (true, _) => 3.0,
-            (false, true) => 1.0,
+        let parts = match (self.sharded(), self.micro_batches() > 1) {
+            (true, _) => self.made_by_block_bytes() + 2.0 * F32 * self.largest_block(),
+            (false, true) => self.made_by_block_bytes(),
             (false, false) => 0.0,
         };
         // What the sum over replicas gives, beside what is summed.
@@ -361,8 +390,7 @@ impl<'a> Sizes<'a> {
             1 => 0.0,
             _ => F32 * self.largest_block() / self.layout.parameter_shards() as f64,
         };
-        let gradients = buffers * F32 * self.largest_block() + summed;
-        activations.max(self.attention_tile_bytes()) + gradients
+        activations.max(self.attention_tile_bytes()) + parts + summed
     }
 
     /// Scores of a tile of queries on the CPU: weights, scores and their gradients. Of several ranks,

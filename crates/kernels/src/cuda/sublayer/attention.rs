@@ -267,8 +267,8 @@ impl Function<8> for Attention {
         let dy = gradient(dy);
         let dx = i.x.empty(i.x.dims(), DType::BF16);
         let dgain = i.x.empty([d], DType::F32);
-        let dw = i.x.empty([s, d], DType::F32);
-        let dwo = i.x.empty([d, m], DType::F32);
+        let dw = i.x.empty([s, d], DType::BF16);
+        let dwo = i.x.empty([d, m], DType::BF16);
         let dqkv = i.x.empty([t, s], DType::BF16);
         // The gradient of the mixed values; of n.
         let dmixed = i.x.empty([t, m], DType::BF16);
@@ -285,7 +285,7 @@ impl Function<8> for Attention {
                 let dy = i.bf16(from[0], d);
                 let wo = Matrix::new(from[1], d, m, DType::BF16);
                 cx.gemm(dy, wo, i.bf16(to[0], m), 1.0, 0.0)?;
-                let dwo = Matrix::new(to[1], d, m, DType::F32);
+                let dwo = Matrix::new(to[1], d, m, DType::BF16);
                 cx.gemm(dy.t(), i.bf16(from[2], m), dwo, 1.0, 0.0)
             },
         );

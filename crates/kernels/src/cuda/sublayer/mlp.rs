@@ -163,7 +163,7 @@ impl Inputs {
         Results {
             dx: self.x.empty(self.x.dims(), DType::BF16),
             dgain: self.x.empty([d], DType::F32),
-            dw: self.x.empty([2 * self.f, d], DType::F32),
+            dw: self.x.empty([2 * self.f, d], DType::BF16),
             n: self.x.empty([t, d], DType::BF16),
             dn: self.x.empty([t, d], DType::BF16),
             dpair,
@@ -322,7 +322,7 @@ impl Function<5> for Mlp {
         let (t, d) = (i.norm.rows, i.norm.width);
         let dy = gradient(dy);
         let r = i.results();
-        let ddown = i.x.empty([d, i.f], DType::F32);
+        let ddown = i.x.empty([d, i.f], DType::BF16);
         // Z; where there is no fused product, dZ first.
         let z = i.x.empty([t, i.f], DType::BF16);
         let mut reads = i.reads();
@@ -337,7 +337,7 @@ impl Function<5> for Mlp {
                 cx.gemm(dy, w, z, 1.0, 0.0)?;
                 i.through_swiglu(cx, (at.dpair, z.at), (from[5], z.at))?;
             }
-            let dw = Matrix::new(to[7], d, i.f, DType::F32);
+            let dw = Matrix::new(to[7], d, i.f, DType::BF16);
             cx.gemm(dy.t(), z, dw, 1.0, 0.0)?;
             i.backward(cx, from, &at)
         });

@@ -80,7 +80,7 @@ impl Stacked {
     }
 }
 
-/// dw ← dyᵀ x: dw `[Σ M, D]` f32 at an address, dy as in [`Stacked::forward`], x `[T, D]`.
+/// dw ← dyᵀ x: dw `[Σ M, D]` bf16 at an address, dy as in [`Stacked::forward`], x `[T, D]`.
 pub fn weight_gradient(
     cx: &mut Context,
     dy: &[(Matrix, usize)],
@@ -88,8 +88,8 @@ pub fn weight_gradient(
     dw: u64,
 ) -> Result<(), String> {
     for (dy, from) in dy {
-        let at = dw + (from * x.columns * 4) as u64;
-        let dw = Matrix::new(at, dy.columns, x.columns, DType::F32);
+        let at = dw + (from * x.columns * BF16) as u64;
+        let dw = Matrix::new(at, dy.columns, x.columns, DType::BF16);
         cx.gemm(dy.t(), x, dw, 1.0, 0.0)?;
     }
     Ok(())
