@@ -2,11 +2,12 @@
 # Lets `ttt` find NVIDIA's libraries where they came with Python packages (PyTorch, nvidia-*-cu13) and not with a CUDA
 # installation. To be sourced:  . scripts/gpu-env.sh
 #
-# Puts every site-packages/nvidia/*/lib of python3 on LD_LIBRARY_PATH, and a libnccl.so beside them: the wheels ship
-# libnccl.so.2 alone, a name under which the bindings do not look.
+# Puts every site-packages/nvidia/*/lib of python3 on LD_LIBRARY_PATH, and libnccl.so and libcudnn.so beside them: the
+# wheels ship libnccl.so.2 and libcudnn.so.9 alone, names under which the bindings do not look first, so that an older
+# library of the system would be taken.
 
 ttt_gpu_env() {
-    local found links folder
+    local found links folder library plain
     if ! command -v python3 >/dev/null; then
         echo "gpu-env: no python3 here; nothing changed" >&2
         return 1
@@ -28,11 +29,14 @@ PYTHON
         # A second sourcing adds nothing.
         case ":${LD_LIBRARY_PATH:-}:" in *":$folder:"*) continue ;; esac
         LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder
-        if [ -e "$folder/libnccl.so.2" ] && [ ! -e "$folder/libnccl.so" ]; then
-            links=$(mktemp -d) || return 1
-            ln -s "$folder/libnccl.so.2" "$links/libnccl.so"
-            LD_LIBRARY_PATH=$LD_LIBRARY_PATH:$links
-        fi
+        for library in libnccl.so.2 libcudnn.so.9; do
+            plain=${library%.*}
+            if [ -e "$folder/$library" ] && [ ! -e "$folder/$plain" ]; then
+                links=$(mktemp -d) || return 1
+                ln -s "$folder/$library" "$links/$plain"
+                LD_LIBRARY_PATH=$LD_LIBRARY_PATH:$links
+            fi
+        done
     done <<FOUND
 $found
 FOUND

@@ -19,6 +19,13 @@ pub const APPLIED: &str = "TTT_CUDA_LIBS_APPLIED";
 /// Where the loader looks.
 pub const LOADER: &str = "LD_LIBRARY_PATH";
 
+/// Names under which the bindings look first, and what NVIDIA's wheels have. Without a link, the one would not be
+/// found, and of the other perhaps an older one of the system.
+const UNVERSIONED: [(&str, &str); 2] = [
+    ("libnccl.so", "libnccl.so.2"),
+    ("libcudnn.so", "libcudnn.so.9"),
+];
+
 /// How to get `library`, of which nothing was found.
 pub fn missing(library: &str, package: &str, wheel: &str) -> String {
     format!(
@@ -61,16 +68,18 @@ pub fn find(
             .ok_or_else(|| format!("{FOLDERS} names {}, which is no folder", named.display()))?;
         path.extend(library_folders(&folder));
     }
-    if let Some(links) = links
-        && let Some(nccl) = path
-            .iter()
-            .map(|f| f.join("libnccl.so.2"))
-            .find(|f| f.exists())
-        && !path.iter().any(|f| f.join("libnccl.so").exists())
-    {
-        link(links, "libnccl.so", &nccl)
-            .map_err(|error| format!("cannot make a link in {}: {error}", links.display()))?;
-        path.push(links.to_path_buf());
+    if let Some(links) = links {
+        let there = |name: &str| path.iter().map(|f| f.join(name)).find(|f| f.exists());
+        let mut linked = false;
+        for (plain, versioned) in UNVERSIONED {
+            if let (Some(library), None) = (there(versioned), there(plain)) {
+                link(links, plain, &library).map_err(|error| {
+                    format!("cannot make a link in {}: {error}", links.display())
+                })?;
+                linked = true;
+            }
+        }
+        path.extend(linked.then(|| links.to_path_buf()));
     }
     path.extend(environment.loader.into_iter().flat_map(split_paths));
     join_paths(path)
@@ -168,18 +177,22 @@ mod tests {
     }
 
     #[test]
-    fn nccl_is_linked_under_the_name_that_is_asked_for() {
-        let root = temporary("nccl");
+    fn libraries_of_wheels_are_linked_under_the_names_that_are_asked_for() {
+        let root = temporary("wheels");
         let (lib, links) = (root.join("lib"), root.join("links"));
         std::fs::create_dir_all(&lib).unwrap();
         std::fs::write(lib.join("libnccl.so.2"), "").unwrap();
+        std::fs::write(lib.join("libcudnn.so.9"), "").unwrap();
         for _ in 0..2 {
             let path = found(lib.to_str().unwrap(), Some("/old"), Some(&links));
             assert_eq!(path, [lib.clone(), links.clone(), PathBuf::from("/old")]);
-            let to = std::fs::read_link(links.join("libnccl.so")).unwrap();
-            assert_eq!(to, lib.join("libnccl.so.2"));
+            for (plain, versioned) in UNVERSIONED {
+                let to = std::fs::read_link(links.join(plain)).unwrap();
+                assert_eq!(to, lib.join(versioned));
+            }
         }
         std::fs::write(lib.join("libnccl.so"), "").unwrap();
+        std::fs::write(lib.join("libcudnn.so"), "").unwrap();
         assert_eq!(found(lib.to_str().unwrap(), None, Some(&links)), [lib]);
         std::fs::remove_dir_all(root).unwrap();
     }

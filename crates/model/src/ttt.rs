@@ -4,7 +4,7 @@ use burn::tensor::{DType, Tensor};
 use ttt_kernels::dtype::cast;
 use ttt_kernels::fused::{self, GateWeights};
 use ttt_kernels::ops::flat::Part;
-use ttt_kernels::ttt::{Scan, ScanSpec, chunk_conv, fast_weight_scan, shift_targets};
+use ttt_kernels::ttt::{Scan, ScanSpec, chunk_conv, fast_weight_scan, shift_targets, targets};
 use ttt_kernels::{Packing, linear, square_sum};
 
 use crate::config::{ModelConfig, Target, TttConfig};
@@ -57,14 +57,12 @@ impl Ttt {
     /// V = conv(source) W_t: `[B, N, D]` → `[B, N, D]`.
     pub fn targets(&self, source: Tensor<3>, packing: &Packing) -> Tensor<3> {
         let chunk = self.config.chunk;
-        let mixed = match &self.conv {
-            Some(weight) => chunk_conv(source, weight.clone(), packing, chunk),
-            None => shift_targets(source, packing, chunk),
-        };
-        match &self.projection {
+        match (&self.conv, &self.projection) {
+            (Some(taps), Some(w)) => targets(source, taps.clone(), w.clone(), packing, chunk),
+            (Some(taps), None) => chunk_conv(source, taps.clone(), packing, chunk),
             // linear() computes x Wᵀ; W_t is used untransposed (docs/in-place-ttt.md, section 1).
-            Some(weight) => linear(mixed, weight.clone().transpose()),
-            None => mixed,
+            (None, Some(w)) => linear(shift_targets(source, packing, chunk), w.clone().transpose()),
+            (None, None) => shift_targets(source, packing, chunk),
         }
     }
 

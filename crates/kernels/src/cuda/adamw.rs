@@ -7,6 +7,7 @@ use burn::tensor::{DType, Tensor};
 use super::stream::{Arg, Buffer, on_stream};
 use crate::ops::adamw::{AdamW, Moments};
 use crate::ops::flat::{Part, joined};
+use crate::work::Work;
 
 fn f32(tensor: &Tensor<1>) -> Option<Buffer> {
     Buffer::of(tensor).filter(|b| b.dtype() == DType::F32)
@@ -62,36 +63,36 @@ pub fn step(
         1.0 - hyper.beta2.powf(step as f64),
     ]
     .map(|c| c as f32);
+    // Master and moments in and out, and the copy.
+    let per_element = if copied { 26.0 } else { 24.0 };
     let copy = copied.then(|| w.empty([n], DType::BF16));
     let mut writes = outputs.each_ref().to_vec();
     writes.extend(&copy);
     let mut reads = vec![&w, &m, &v, &scale, &keep];
     reads.extend(grad.buffers());
     on_stream(&reads, &writes, |cx, from, to| {
-        grad.each(&from[5..], |stretch| {
-            let Stretch { begin, count, .. } = stretch;
-            let (wide, narrow) = (4 * begin as u64, 2 * begin as u64);
-            let inside =
-                |place: usize| Arg::Size((place.clamp(begin, begin + count) - begin) as u64);
+        for table in grad.tables(&from[5..])? {
+            let address = |list: &[u64], i: usize| Arg::Ptr(list.get(i).copied().unwrap_or(0));
             let args = [
-                Arg::Ptr(to[0] + wide),
-                Arg::Ptr(to[1] + wide),
-                Arg::Ptr(to[2] + wide),
-                Arg::Ptr(to.get(3).map_or(0, |copy| copy + narrow)),
-                Arg::Ptr(from[0] + wide),
-                Arg::Ptr(from[1] + wide),
-                Arg::Ptr(from[2] + wide),
-                Arg::Ptr(stretch.at),
-                Arg::Ptr(from[3]),
-                Arg::Ptr(from[4]),
-                Arg::Size(count as u64),
-                inside(decayed.start),
-                inside(decayed.end),
+                address(to, 0),
+                address(to, 1),
+                address(to, 2),
+                address(to, 3),
+                address(from, 0),
+                address(from, 1),
+                address(from, 2),
+                table.arg(),
+                address(from, 3),
+                address(from, 4),
+                Arg::Size(decayed.start as u64),
+                Arg::Size(decayed.end as u64),
                 Arg::Floats(constants),
             ];
-            let kernel = stretch.kernel("adamw", "adamw_narrow");
-            cx.launch_over(kernel, (count as u64).div_ceil(4), &args)
-        })
+            let work = Work::Bytes(table.bytes() + table.count() as f64 * per_element);
+            let vectors = (table.count() as u64).div_ceil(4);
+            cx.doing(work).launch_over("adamw", vectors, &args)?;
+        }
+        Ok(())
     });
     let [w, first, second] = outputs.map(Buffer::tensor);
     Ok((w, Moments { first, second }, copy.map(Buffer::tensor)))
@@ -129,12 +130,8 @@ impl Gradient {
         self.parts.iter().filter_map(|(_, buffer)| buffer.as_ref())
     }
 
-    /// Calls `work` with each stretch; `addresses` are those of [`Gradient::buffers`].
-    fn each(
-        &self,
-        addresses: &[u64],
-        work: impl FnMut(Stretch) -> Result<(), String>,
-    ) -> Result<(), String> {
+    /// What each launch reads; `addresses` are those of [`Gradient::buffers`].
+    fn tables(&self, addresses: &[u64]) -> Result<Vec<Table>, String> {
         let mut addresses = addresses.iter();
         let mut parts = Vec::with_capacity(self.parts.len());
         for (count, buffer) in &self.parts {
@@ -146,11 +143,49 @@ impl Gradient {
                 None => (*count, 0, DType::F32),
             });
         }
-        stretches(&parts).into_iter().try_for_each(work)
+        let all = stretches(&parts);
+        Ok(all.chunks(PARTS).map(|few| Table(few.to_vec())).collect())
     }
 }
 
-/// What one launch reads of a gradient.
+/// Most stretches of a launch; as in the source.
+const PARTS: usize = 12;
+
+/// Stretches that one launch reads: at least one.
+#[derive(Clone, Debug)]
+struct Table(Vec<Stretch>);
+
+impl Table {
+    fn end(&self) -> usize {
+        self.0.last().map_or(0, |last| last.begin + last.count)
+    }
+
+    fn count(&self) -> usize {
+        self.end() - self.0.first().map_or(0, |first| first.begin)
+    }
+
+    /// Of the gradient.
+    fn bytes(&self) -> f64 {
+        let there = self.0.iter().filter(|stretch| stretch.at != 0);
+        there.map(|s| (s.count * s.dtype.size()) as f64).sum()
+    }
+
+    /// `Parts` in the source.
+    fn arg(&self) -> Arg {
+        let mut words = [0u64; 2 * PARTS + 2];
+        let mut narrow = 0u64;
+        for (i, stretch) in self.0.iter().enumerate() {
+            words[i] = stretch.begin as u64;
+            words[PARTS + 1 + i] = stretch.at;
+            narrow |= u64::from(stretch.dtype == DType::BF16) << i;
+        }
+        words[self.0.len()] = self.end() as u64;
+        words[2 * PARTS + 1] = narrow | (self.0.len() as u64) << 32;
+        Arg::Parts(words)
+    }
+}
+
+/// Elements of a gradient that lie together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Stretch {
     /// Its first element among all.
@@ -163,14 +198,6 @@ struct Stretch {
 }
 
 impl Stretch {
-    /// The kernel for its precision.
-    fn kernel(&self, wide: &'static str, narrow: &'static str) -> &'static str {
-        match self.dtype {
-            DType::BF16 => narrow,
-            _ => wide,
-        }
-    }
-
     /// The address behind its last element.
     fn end(&self) -> u64 {
         self.at + (self.count * self.dtype.size()) as u64
@@ -199,38 +226,37 @@ fn stretches(parts: &[(usize, u64, DType)]) -> Vec<Stretch> {
     all
 }
 
-/// Most blocks of the first pass over a part.
-const BLOCKS: usize = 1024;
+/// Most blocks of the first pass.
+const BLOCKS: usize = 2048;
 
 /// Elements that make another block worth while.
-const BLOCK: usize = 1 << 12;
+const BLOCK: usize = 1 << 13;
 
 /// Σ grad²: `[1]`.
 pub fn square_sum(grad: &[Part]) -> Option<Tensor<1>> {
     let grad = Gradient::of(grad)?;
     let like = grad.buffers().next()?;
     let out = like.empty([1], DType::F32);
-    let blocks = |count: usize| count.div_ceil(BLOCK).clamp(1, BLOCKS);
-    let with_values = grad.parts.iter().filter(|(_, buffer)| buffer.is_some());
-    let all: usize = with_values.map(|(count, _)| blocks(*count)).sum();
-    let partial = like.empty([all], DType::F32);
+    let launches = grad.parts.len().div_ceil(PARTS);
+    let partial = like.empty([launches * BLOCKS], DType::F32);
     let reads: Vec<&Buffer> = grad.buffers().collect();
     on_stream(&reads, &[&out, &partial], |cx, from, to| {
-        let mut next = to[1];
-        grad.each(from, |stretch| {
-            let Stretch { count, at, .. } = stretch;
-            if at == 0 {
-                return Ok(());
-            }
-            let args = [Arg::Ptr(next), Arg::Ptr(at), Arg::Size(count as u64)];
-            next += 4 * blocks(count) as u64;
-            let kernel = stretch.kernel("square_sum", "square_sum_narrow");
-            cx.launch(kernel, (blocks(count) as u32, 1, 1), 512, &args)
-        })?;
+        let mut sums = 0;
+        for table in grad.tables(from)? {
+            let blocks = table.count().div_ceil(BLOCK).clamp(1, BLOCKS);
+            let args = [Arg::Ptr(to[1] + 4 * sums as u64), table.arg()];
+            sums += blocks;
+            cx.doing(Work::Bytes(table.bytes())).launch(
+                "square_sum",
+                (blocks as u32, 1, 1),
+                512,
+                &args,
+            )?;
+        }
         let args = [
             Arg::Ptr(to[0]),
             Arg::Ptr(to[1]),
-            Arg::Int(((next - to[1]) / 4) as i32),
+            Arg::Int(sums as i32),
             Arg::Float(1.0),
         ];
         cx.launch("scaled_total", (1, 1, 1), 1024, &args)
@@ -268,5 +294,25 @@ mod tests {
             stretch(44, 4, 4160, F32),
         ];
         assert_eq!(stretches(&parts), expected);
+    }
+    #[test]
+    fn a_launch_reads_its_parts_and_the_end_of_the_last() {
+        let stretch = |begin, count, at, dtype| Stretch {
+            begin,
+            count,
+            at,
+            dtype,
+        };
+        let table = Table(vec![
+            stretch(8, 4, 256, DType::F32),
+            stretch(12, 5, 512, DType::BF16),
+        ]);
+        let Arg::Parts(words) = table.arg() else {
+            panic!("a table")
+        };
+        assert_eq!(words[..4], [8, 12, 17, 0]);
+        assert_eq!(words[PARTS + 1..PARTS + 4], [256, 512, 0]);
+        assert_eq!(words[2 * PARTS + 1], 2 | 2 << 32);
+        assert_eq!((table.count(), table.bytes()), (9, 26.0));
     }
 }

@@ -267,6 +267,7 @@ impl Context<'_> {
                 Arg::Int(v) => (v as *const i32).cast_mut().cast(),
                 Arg::Bits(v) => (v as *const u32).cast_mut().cast(),
                 Arg::Float(v) => (v as *const f32).cast_mut().cast(),
+                Arg::Parts(v) => (v as *const [u64; 26]).cast_mut().cast(),
                 Arg::Floats(v) => (v as *const [f32; 7]).cast_mut().cast(),
                 Arg::Map(v) => (v as *const [u64; 16]).cast_mut().cast(),
             })

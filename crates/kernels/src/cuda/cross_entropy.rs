@@ -7,7 +7,7 @@ use super::stream::{Arg, Buffer, on_stream};
 use crate::dtype::cast;
 
 /// Elements of the logits held at a time (256 MiB).
-const LOGITS: usize = 1 << 27;
+const LOGITS: usize = 1 << 26;
 
 /// Result of [`forward`].
 pub struct Loss {

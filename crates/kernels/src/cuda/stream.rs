@@ -151,6 +151,8 @@ pub enum Arg {
     Bits(u32),
     /// The seven floats of AdamW's constants.
     Floats([f32; 7]),
+    /// Where the parts of a gradient lie: `Parts` in `source/optimizer.cu`.
+    Parts([u64; 26]),
     /// A tensor map of the copy engine.
     Map([u64; 16]),
 }

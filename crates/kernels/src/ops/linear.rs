@@ -49,7 +49,8 @@ impl Function<2> for Linear {
     }
 }
 
-fn product(x: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
+/// x Wᵀ: x `[T, K]`, weight `[M, K]`.
+pub(super) fn product(x: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
     #[cfg(feature = "cuda")]
     if let Some(y) = crate::cuda::linear::forward(x, weight) {
         return y;
@@ -58,7 +59,8 @@ fn product(x: &Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
         .matmul(cast(weight.clone(), x.dtype()).transpose())
 }
 
-fn input_gradient(dy: &Tensor<2>, weight: Tensor<2>, dtype: DType) -> Tensor<2> {
+/// dy W: dy `[T, M]`.
+pub(super) fn input_gradient(dy: &Tensor<2>, weight: Tensor<2>, dtype: DType) -> Tensor<2> {
     #[cfg(feature = "cuda")]
     if let Some(dx) = crate::cuda::linear::input_gradient(dy, &weight) {
         return dx;
@@ -66,8 +68,8 @@ fn input_gradient(dy: &Tensor<2>, weight: Tensor<2>, dtype: DType) -> Tensor<2> 
     dy.clone().matmul(cast(weight, dtype))
 }
 
-/// In the weight's precision; summed wide on CUDA, whatever that is.
-fn weight_gradient(dy: Tensor<2>, x: Tensor<2>, dtype: DType) -> Tensor<2> {
+/// dyᵀ x in the weight's precision; summed wide on CUDA, whatever that is.
+pub(super) fn weight_gradient(dy: Tensor<2>, x: Tensor<2>, dtype: DType) -> Tensor<2> {
     #[cfg(feature = "cuda")]
     if let Some(dw) = crate::cuda::linear::weight_gradient(&dy, &x, dtype) {
         return dw;

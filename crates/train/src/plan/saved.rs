@@ -58,7 +58,7 @@ const TABLE: &[Line] = &[
     line("gate and up", |m| 2 * m.intermediate_size, |_| true),
     line("Z", |m| m.intermediate_size, |l| l.learns || !l.mlp_fused),
     line("targets V", hidden, |l| l.learns),
-    line("targets before W_t", hidden, |l| l.learns && l.model.ttt.projection),
+    line("targets before W_t", hidden, |l| l.learns && l.model.ttt.projection && l.model.ttt.target == Target::NextToken),
 ];
 
 fn hidden(model: &ModelConfig) -> usize {

@@ -11,36 +11,49 @@ __device__ __forceinline__ void adamw_one(float &w, float &m, float &v, float g,
     w = w * decay - h.lr * (m / h.correction1) / (sqrtf(v / h.correction2) + h.eps);
 }
 
-// Elements of a gradient, f32 or bf16.
-__device__ __forceinline__ float element(float x) {
-    return x;
-}
+// A gradient where its parts lie. Part p has the elements begin[p] .. begin[p + 1], a multiple of four the
+// first; at[p] is null for zeros. Bit p of `narrow`: bf16, else f32.
+#define PARTS 12
 
-__device__ __forceinline__ float element(u16 x) {
-    return widen(x);
-}
+struct Parts {
+    u64 begin[PARTS + 1], at[PARTS];
+    u32 narrow;
+    int count;
 
-// Four of them, number 4 i the first.
-__device__ __forceinline__ float4 four(const float *x, u64 i) {
-    return ((const float4 *)x)[i];
-}
+    // The part with element `at`, given an earlier one.
+    __device__ __forceinline__ int find(u64 at, int p) const {
+        while (p + 1 < count && at >= begin[p + 1]) p++;
+        return p;
+    }
 
-__device__ __forceinline__ float4 four(const u16 *x, u64 i) {
-    const uint2 p = ((const uint2 *)x)[i];
-    return make_float4(__uint_as_float(p.x << 16), __uint_as_float(p.x & 0xffff0000u), __uint_as_float(p.y << 16), __uint_as_float(p.y & 0xffff0000u));
-}
+    __device__ __forceinline__ float one(u64 i, int p) const {
+        const u64 from = i - begin[p];
+        if (!at[p]) return 0.f;
+        return narrow >> p & 1 ? widen(((const u16 *)at[p])[from]) : ((const float *)at[p])[from];
+    }
 
-// `grad` may be absent, which is zeros. Outputs may be the inputs. With keep[0] = 0 they are copied, whatever the gradient holds. `copy`, if
-// given, receives the weights in bf16.
-template <typename G>
-__device__ __forceinline__ void adamw_all(float *wo, float *mo, float *vo, u16 *copy, const float *wi, const float *mi, const float *vi, const G *grad, const float *scale, const float *keep, u64 n, u64 decay_begin, u64 decay_end, const AdamW &h) {
+    // Elements 4 i .. 4 i + 3.
+    __device__ __forceinline__ float4 four(u64 i, int p) const {
+        const u64 from = i - begin[p] / 4;
+        if (!at[p]) return make_float4(0.f, 0.f, 0.f, 0.f);
+        if (!(narrow >> p & 1)) return ((const float4 *)at[p])[from];
+        const uint2 x = ((const uint2 *)at[p])[from];
+        return make_float4(__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u), __uint_as_float(x.y << 16), __uint_as_float(x.y & 0xffff0000u));
+    }
+};
+
+// Outputs may be the inputs. With keep[0] = 0 they are copied, whatever the gradient holds. `copy`, if given,
+// receives the weights in bf16. Elements are those of `grad`, which need not begin with the first.
+extern "C" __global__ void adamw(float *wo, float *mo, float *vo, u16 *copy, const float *wi, const float *mi, const float *vi, const __grid_constant__ Parts grad, const float *scale, const float *keep, u64 decay_begin, u64 decay_end, AdamW h) {
     const float factor = *scale;
     const bool apply = *keep != 0.f;
     const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    const u64 n4 = n / 4;
-    for (u64 i = first; i < n4; i += stride) {
+    const u64 n = grad.begin[grad.count], n4 = n / 4;
+    int p = 0;
+    for (u64 i = grad.begin[0] / 4 + first; i < n4; i += stride) {
+        p = grad.find(4 * i, p);
         float4 w = ((const float4 *)wi)[i], m = ((const float4 *)mi)[i], v = ((const float4 *)vi)[i];
-        const float4 g = grad ? four(grad, i) : make_float4(0.f, 0.f, 0.f, 0.f);
+        const float4 g = grad.four(i, p);
         if (apply) {
             float *ws = &w.x, *ms = &m.x, *vs = &v.x;
             const float gs[4] = {g.x, g.y, g.z, g.w};
@@ -55,51 +68,29 @@ __device__ __forceinline__ void adamw_all(float *wo, float *mo, float *vo, u16 *
     }
     for (u64 i = 4 * n4 + first; i < n; i += stride) {
         float w = wi[i], m = mi[i], v = vi[i];
-        if (apply) adamw_one(w, m, v, grad ? element(grad[i]) * factor : 0.f, i >= decay_begin && i < decay_end ? h.decay : 1.f, h);
+        if (apply) adamw_one(w, m, v, grad.one(i, grad.count - 1) * factor, i >= decay_begin && i < decay_end ? h.decay : 1.f, h);
         wo[i] = w, mo[i] = m, vo[i] = v;
         if (copy) copy[i] = narrow(w);
     }
 }
 
-extern "C" __global__ void adamw(float *wo, float *mo, float *vo, u16 *copy, const float *wi, const float *mi, const float *vi, const float *grad, const float *scale, const float *keep, u64 n, u64 decay_begin, u64 decay_end, AdamW h) {
-    adamw_all(wo, mo, vo, copy, wi, mi, vi, grad, scale, keep, n, decay_begin, decay_end, h);
-}
-
-extern "C" __global__ void adamw_narrow(float *wo, float *mo, float *vo, u16 *copy, const float *wi, const float *mi, const float *vi, const u16 *grad, const float *scale, const float *keep, u64 n, u64 decay_begin, u64 decay_end, AdamW h) {
-    adamw_all(wo, mo, vo, copy, wi, mi, vi, grad, scale, keep, n, decay_begin, decay_end, h);
-}
-
-// Σ x² of the 16 bytes that are number i.
-__device__ __forceinline__ float squares(const float *x, u64 i) {
-    const float4 v = ((const float4 *)x)[i];
-    return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-}
-
-__device__ __forceinline__ float squares(const u16 *x, u64 i) {
-    const F8 v = load8(x + 8 * i);
-    float s = 0.f;
-#pragma unroll
-    for (int j = 0; j < 8; j++) s += v.v[j] * v.v[j];
-    return s;
-}
-
-template <typename G>
-__device__ __forceinline__ void square_sum_all(float *partial, const G *x, u64 n) {
+// partial[block] = Σ x²; scaled_total or sum_partials adds the blocks.
+extern "C" __global__ void square_sum(float *partial, const __grid_constant__ Parts x) {
     __shared__ float shared[32];
     const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    const u64 each = 16 / sizeof(G), vectors = n / each;
+    const u64 n = x.begin[x.count], n4 = n / 4;
+    int p = 0;
     float s = 0.f;
-    for (u64 i = first; i < vectors; i += stride) s += squares(x, i);
-    for (u64 i = vectors * each + first; i < n; i += stride) s += element(x[i]) * element(x[i]);
+#pragma unroll 4
+    for (u64 i = x.begin[0] / 4 + first; i < n4; i += stride) {
+        p = x.find(4 * i, p);
+        const float4 v = x.four(i, p);
+        s += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    for (u64 i = 4 * n4 + first; i < n; i += stride) {
+        const float v = x.one(i, x.count - 1);
+        s += v * v;
+    }
     s = block_sum(s, shared);
     if (threadIdx.x == 0) partial[blockIdx.x] = s;
-}
-
-// partial[block] = Σ x²; scaled_total or sum_partials adds the blocks.
-extern "C" __global__ void square_sum(float *partial, const float *x, u64 n) {
-    square_sum_all(partial, x, n);
-}
-
-extern "C" __global__ void square_sum_narrow(float *partial, const u16 *x, u64 n) {
-    square_sum_all(partial, x, n);
 }

@@ -12,10 +12,7 @@ use crate::packing::Packing;
 /// Cut at chunk edges, because a tap that reaches into the next chunk would put a token's own label
 /// into the weight that predicts it (docs/in-place-ttt.md, section 3).
 pub fn chunk_conv(x: Tensor<3>, weight: Tensor<3>, packing: &Packing, chunk: usize) -> Tensor<3> {
-    let conv = ChunkConv {
-        packing: packing.clone(),
-        chunk,
-    };
+    let conv = ChunkConv::new(packing, chunk);
     apply(conv, [x.into(), weight.into()]).tensor()
 }
 
@@ -62,13 +59,19 @@ fn shift(x: Tensor<3>, offset: isize) -> Tensor<3> {
     }
 }
 
+/// [`chunk_conv`] as a function.
 #[derive(Debug)]
-struct ChunkConv {
+pub(super) struct ChunkConv {
     packing: Packing,
     chunk: usize,
 }
 
 impl ChunkConv {
+    pub fn new(packing: &Packing, chunk: usize) -> Self {
+        let packing = packing.clone();
+        Self { packing, chunk }
+    }
+
     /// One mask `[B, N, 1]` per tap.
     fn masks(&self, taps: usize, device: &Device) -> Vec<Tensor<3>> {
         (0..taps)

@@ -10,8 +10,10 @@ pub mod carry;
 mod conv;
 pub mod oracle;
 mod scan;
+mod targets;
 
 pub use conv::{chunk_conv, shift_targets};
 #[cfg(feature = "cuda")]
 pub(crate) use scan::{FastWeightScan, Gradients, Outcome, Saved};
 pub use scan::{Scan, ScanSpec, apply_state, fast_weight_scan, outer_update};
+pub use targets::targets;
