@@ -13,14 +13,28 @@ use ttt_parallel::{CommError, ProcessGroup};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StateExchange {
+    /// The chain between two ranks, which is one message; between more, all-to-all.
+    #[default]
+    Auto,
     /// Every rank receives one slice of all ranks' sums, adds up what each rank needs of it, and sends
     /// that back: 2 (P − 1)/P states per rank, whatever P is.
-    #[default]
     AllToAll,
     /// From rank to rank, each adding its own: one state per rank and hop, P − 1 hops in a row.
     Chain,
     /// Every rank receives the sums of all: P − 1 states, held at once.
     AllGather,
+}
+
+impl StateExchange {
+    /// How they travel among `ranks` ranks: never [`StateExchange::Auto`]. Measured with
+    /// `ttt doctor --ranks --context` (docs/log.md).
+    pub fn among(self, ranks: usize) -> Self {
+        match self {
+            Self::Auto if ranks <= 2 => Self::Chain,
+            Self::Auto => Self::AllToAll,
+            chosen => chosen,
+        }
+    }
 }
 
 /// The precision in which fast weights travel. They are summed in f32 in any case.

@@ -14,6 +14,11 @@ use crate::device::compute_dtype;
 use crate::step::gathers;
 use crate::units::FlatLayout;
 
+/// A line of the traffic: the fast weights of TTT layers.
+pub const STATES: &str = "fast weights, and their gradients";
+/// What attention sends.
+pub const ATTENTION: &str = "keys, values or heads of attention";
+
 /// Ranks that exchange with each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Among {
@@ -217,12 +222,12 @@ impl<'a> Step<'a> {
 
         let learning = model.ttt_layers().len();
         let (forward, backward) = self.states();
-        let exchanges = match self.config.parallel.context_states {
-            StateExchange::AllToAll => 2,
+        let exchanges = match self.config.parallel.context_states.among(ranks) {
+            StateExchange::AllToAll | StateExchange::Auto => 2,
             StateExchange::Chain | StateExchange::AllGather => 1,
         };
         items.push(TrafficItem {
-            name: "fast weights, and their gradients",
+            name: STATES,
             among: Among::Context,
             per_layer: Some((micro_rows * (forward + backward), learning)),
             bytes: self.rows * learning as u64 * (self.forwards() * forward + backward),
@@ -237,7 +242,7 @@ impl<'a> Step<'a> {
             exchanges += self.micro_batches * passes * times;
         }
         items.push(TrafficItem {
-            name: "keys, values or heads of attention",
+            name: ATTENTION,
             among: Among::Context,
             per_layer: Some((largest, model.num_hidden_layers)),
             bytes,
@@ -265,8 +270,8 @@ impl<'a> Step<'a> {
         };
         let state = (model.hidden_size * model.intermediate_size) as u64;
         let padded = state.next_multiple_of(ranks as u64);
-        match self.config.parallel.context_states {
-            StateExchange::AllToAll => {
+        match self.config.parallel.context_states.among(ranks) {
+            StateExchange::AllToAll | StateExchange::Auto => {
                 let both = 2 * ring(payload * padded, ranks);
                 (both, both)
             }

@@ -144,8 +144,9 @@ impl Travel<'_> {
 
     fn begin(&self, group: &dyn ProcessGroup, _: Stage) -> Result<Stage, CommError> {
         let carry = &self.carry;
-        Ok(match carry.context.settings.states {
-            StateExchange::AllToAll => {
+        let states = carry.context.settings.states;
+        Ok(match states.among(group.size()) {
+            StateExchange::AllToAll | StateExchange::Auto => {
                 let slices = carry.packed(self.slices(group.size()));
                 Stage::Slices(group.start_all_to_all(slices)?)
             }
