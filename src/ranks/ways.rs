@@ -6,18 +6,19 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use burn::tensor::{DType, Device, Tensor};
-use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
+use ttt_kernels::context::{ATTENTION, AttentionExchange, Payload, STATES, StateExchange};
 use ttt_kernels::ttt::carry::{Carry, From};
 use ttt_kernels::ttt::{ScanSpec, fast_weight_scan};
 use ttt_kernels::{AttentionSpec, Context, ContextSettings, Packing, attention, backward_from};
 use ttt_parallel::{Layout, ProcessGroup};
 use ttt_train::config::{Config, ParallelConfig};
 use ttt_train::context;
-use ttt_train::device::compute_dtype;
-use ttt_train::plan::{ATTENTION, STATES, Traffic};
+use ttt_train::device::{compute_dtype, read_scalar};
+use ttt_train::plan::Traffic;
 
-/// Repetitions on the clock.
-const TIMED: u32 = 3;
+/// Batches on the clock, and how long each is to take where a single exchange takes less.
+const BATCHES: u32 = 3;
+const BATCH_MS: f64 = 50.0;
 
 /// Ranks that share every row, and what they compute.
 pub struct Ways {
@@ -233,18 +234,34 @@ impl Ways {
         bytes as f64 / 1e6
     }
 
-    /// What `run` takes, until all ranks have done it.
+    /// What `run` takes, until all ranks have done it: the least of some batches, which others on the
+    /// same machine disturb least.
     fn milliseconds(&self, run: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<f64> {
         run()?;
+        let first = self.batch(&run, 1)?;
+        // All ranks make as many exchanges.
+        let count = (BATCH_MS / first).clamp(1.0, 50.0).floor();
+        let count: Tensor<1> = Tensor::full([1], count, (&Device::flex(), DType::F32));
+        let count = read_scalar(&self.host.broadcast(count, 0)?)? as u32;
+        let mut least = f64::INFINITY;
+        for _ in 0..BATCHES {
+            least = least.min(self.batch(&run, count)?);
+        }
+        Ok(least)
+    }
+
+    /// Milliseconds of one of `count`.
+    fn batch(&self, run: &impl Fn() -> anyhow::Result<()>, count: u32) -> anyhow::Result<f64> {
         self.device.sync().context("the device failed")?;
         self.host.barrier()?;
         let begun = Instant::now();
-        for _ in 0..TIMED {
+        for _ in 0..count {
             run()?;
         }
         self.device.sync().context("the device failed")?;
+        // Who only sends is done when the others have received.
         self.host.barrier()?;
-        Ok(begun.elapsed().as_secs_f64() * 1e3 / f64::from(TIMED))
+        Ok(begun.elapsed().as_secs_f64() * 1e3 / f64::from(count))
     }
 
     fn row(&self, name: &str, cells: &[String]) {

@@ -7,7 +7,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use ttt_parallel::{CommError, ProcessGroup};
+use ttt_parallel::{CommError, ProcessGroup, ledger};
+
+/// What TTT layers send, in a [`ttt_parallel::ledger`].
+pub const STATES: &str = "fast weights, and their gradients";
+/// What attention sends.
+pub const ATTENTION: &str = "keys, values or heads of attention";
 
 /// How fast weights travel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,15 +150,17 @@ impl Context {
         failure.error.take().map_or(Ok(()), Err)
     }
 
-    /// Runs an exchange; `None` if it failed, or one before it did: a lost rank is not asked twice.
+    /// Runs an exchange of `what`; `None` if it failed, or one before it did: a lost rank is not asked twice.
     pub(crate) fn exchange<T>(
         &self,
+        what: &'static str,
         run: impl FnOnce(&dyn ProcessGroup) -> Result<T, CommError>,
     ) -> Option<T> {
         let lock = || self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         if lock().happened {
             return None;
         }
+        let _what = ledger::sending(what);
         match run(&*self.group) {
             Ok(done) => Some(done),
             Err(error) => {

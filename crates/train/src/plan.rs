@@ -20,7 +20,7 @@ use ttt_parallel::Layout;
 pub use memory::{Memory, MemoryItem};
 pub use proposal::{PlanError, Proposal};
 pub use propose::{Gpus, propose};
-pub use traffic::{ATTENTION, Among, STATES, Traffic, TrafficItem};
+pub use traffic::{Among, Traffic, TrafficItem};
 
 use crate::config::{Config, Precision};
 use crate::device::compute_dtype;
