@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use burn::tensor::{DType, Device, Tensor};
 use ttt_kernels::context::{ATTENTION, AttentionExchange, Payload, STATES, StateExchange};
+use ttt_kernels::doctor::Mirror;
 use ttt_kernels::ttt::carry::{Carry, From};
 use ttt_kernels::ttt::{ScanSpec, fast_weight_scan};
 use ttt_kernels::{AttentionSpec, Context, ContextSettings, Packing, attention, backward_from};
@@ -60,14 +61,23 @@ impl Ways {
         Ok(())
     }
 
-    /// The fast weights of one layer: the exchange alone, and the operation that it is part of.
+    /// The fast weights of one layer: the exchange alone, and the operation that it is part of, which is
+    /// also done with sums of this rank in place of the others'.
     fn states(&self) -> anyhow::Result<()> {
         let model = &self.config.model;
         let (d, f) = (model.hidden_size, model.intermediate_size);
         self.say(&format!("\nfast weights of one layer, {d} x {f}"));
         let titles = ["MB sent", "there ms", "back ms", "operation ms"];
         self.row("", titles.map(String::from).as_slice());
-        let alone = self.operation(None)?;
+        let mirror = Mirror {
+            rank: self.group.rank(),
+            size: self.group.size(),
+        };
+        let gather = ContextSettings {
+            states: StateExchange::AllGather,
+            ..ContextSettings::default()
+        };
+        let computed = self.operation(&Context::new(Arc::new(mirror), gather))?;
         for states in [
             StateExchange::AllToAll,
             StateExchange::Chain,
@@ -81,7 +91,7 @@ impl Ways {
                 };
                 let there = self.exchange(settings, From::Before)?;
                 let back = self.exchange(settings, From::Behind)?;
-                let operation = self.operation(Some(settings))?;
+                let operation = self.operation(&self.context(settings))?;
                 let sent = format!("{:.2}", self.megabytes(settings, STATES));
                 let times = [there, back, operation].map(|ms| format!("{ms:.2}"));
                 let payload = format!("{payload:?}").to_lowercase();
@@ -91,8 +101,8 @@ impl Ways {
         }
         let none = || "-".to_string();
         self.row(
-            "without other ranks",
-            &[none(), none(), none(), format!("{alone:.2}")],
+            "nothing sent",
+            &[none(), none(), none(), format!("{computed:.2}")],
         );
         let auto = StateExchange::Auto.among(self.group.size());
         self.say(&format!("  \"auto\" is {} here", name(auto)));
@@ -113,14 +123,9 @@ impl Ways {
         })
     }
 
-    /// Milliseconds of the scan of this rank's tokens, forward and backward; `None`: as a row of its own.
-    fn operation(&self, settings: Option<ContextSettings>) -> anyhow::Result<f64> {
-        let model = &self.config.model;
-        let context = settings.map(|settings| self.context(settings));
-        let packing = match &context {
-            Some(_) => self.part(),
-            None => Packing::whole_rows(self.rows(), self.tokens()),
-        };
+    /// Milliseconds of the scan of this rank's tokens, forward and backward.
+    fn operation(&self, context: &Context) -> anyhow::Result<f64> {
+        let (model, packing) = (&self.config.model, self.part());
         let rows = |width: usize| self.values([self.rows(), self.tokens(), width], self.compute());
         let (z, v) = (rows(model.intermediate_size), rows(model.hidden_size));
         let w0 = self.values([model.hidden_size, model.intermediate_size], DType::F32);
@@ -132,12 +137,12 @@ impl Ways {
                 chunk: model.ttt.chunk,
                 clip: None,
                 packing: packing.clone(),
-                context: context.clone(),
+                context: Some(context.clone()),
             };
             let w0 = w0.clone().autodiff().require_grad();
             let scan = fast_weight_scan(leaf(&z), leaf(&v), w0, spec);
             drop(backward_from(scan.output, dy.clone()));
-            Ok(context.as_ref().map_or(Ok(()), Context::check)?)
+            Ok(context.check()?)
         })
     }
 

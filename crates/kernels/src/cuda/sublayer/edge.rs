@@ -128,7 +128,7 @@ impl Edge {
     /// The tokens `tokens`: `[B, n, X, E]`, X being H or G.
     fn read(&self, qkv: &Tensor<1>, tokens: Range<usize>, of: Of) -> Tensor<4> {
         let place = self.place(of);
-        let all = qkv.clone().slice([place.from..place.from + place.len]);
+        let all = qkv.clone().narrow(0, place.from, place.len);
         let KeyForm { batch, size, .. } = self.form;
         let rows: Tensor<4> = all.reshape([batch, self.tokens, place.row, size]);
         rows.slice([0..batch, tokens, place.heads])
@@ -149,7 +149,8 @@ impl Edge {
         (0..batch).fold(qkv, |qkv, row| {
             let from = place.from + (row * self.tokens + tokens.start) * place.row * size;
             let part = x.clone().narrow(0, row * each, each);
-            qkv.slice_assign([from..from + each], part)
+            let stretch = from..from + each;
+            qkv.slice_assign(std::slice::from_ref(&stretch), part)
         })
     }
 
