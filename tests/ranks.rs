@@ -111,6 +111,21 @@ fn two_and_four_ranks_train_like_one() {
             assert!(log.expect("a log").contains("step 12/12"), "rank {rank}");
         }
         assert!(!run.path("run/logs/rank-0.log").exists());
+        // It also tells what it sent: as planned, but where a document ends between two ranks.
+        let told = stderr(&output);
+        let mut table = told
+            .lines()
+            .skip_while(|line| !line.contains("bytes that this rank sent in step 0"));
+        let total = table.find(|line| line.trim_start().starts_with("total"));
+        let total = total.unwrap_or_else(|| panic!("{sets:?}: {told}"));
+        let columns = total.split_whitespace().skip(1);
+        let columns: Vec<f64> = columns
+            .map(|number| number.replace(',', "").parse().expect("a number"))
+            .collect();
+        let sent = number(&run.steps()[0], "sent_bytes");
+        assert_eq!(columns[0], sent, "{sets:?}: {told}");
+        let shared = sets.contains(&"parallel.context=2");
+        assert!(shared || sent == columns[1], "{sets:?}: {told}");
         // And what they saved is a checkpoint for one.
         run.train_well(&["--set", "train.steps=13"]);
     }
@@ -393,6 +408,16 @@ fn exchanges_are_checked() {
     // Six exchanges, two precisions, three kinds of groups.
     assert_eq!(said.matches("pass ").count(), 36, "{said}");
     assert!(!said.contains("FAIL"), "{said}");
+    // And the ways in which ranks share rows are timed at the sizes of a configuration.
+    let config = run.path("config.toml");
+    let config = config.to_str().expect("a path in UTF-8");
+    let args = [&args[..8], &["--context", config]].concat();
+    let output = run.ttt(&args).output().expect("run ttt");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    for line in ["chain bf16", "nothing sent", "\"auto\" is all-to-all here"] {
+        assert!(said.contains(line), "{said}");
+    }
     let alone = run.ttt(&["doctor", "--ranks"]).output().expect("run ttt");
     assert!(stderr(&alone).contains("one rank exchanges nothing"));
 }

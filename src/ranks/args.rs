@@ -1,6 +1,7 @@
 //! What `ttt launch` and `ttt doctor --ranks` take.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use crate::args::{DeviceArg, at_least_one};
 
@@ -16,6 +17,13 @@ pub struct DoctorArgs {
     /// The largest tensor of a rank, in MiB.
     #[arg(long, requires = "ranks", value_name = "MIB", default_value_t = 64, value_parser = at_least_one)]
     pub size: usize,
+    /// Instead, time the ways in which ranks that share the rows of this configuration exchange fast
+    /// weights, keys and heads: what to choose for parallel.context_states and context_attention.
+    #[arg(long, requires = "ranks", value_name = "CONFIG")]
+    pub context: Option<PathBuf>,
+    /// Change a setting of that configuration: section.key=value. Repeatable.
+    #[arg(long = "set", requires = "context", value_name = "SECTION.KEY=VALUE")]
+    pub sets: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -8,12 +8,13 @@ use anyhow::{Context, bail};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use ttt_kernels::dtype::cast;
 use ttt_parallel::{CommError, Place, ProcessGroup, Receive};
-use ttt_train::config::DeviceKind;
+use ttt_train::config::{Config, DeviceKind};
 use ttt_train::device::read_f32;
 use ttt_train::ranks::{join_on_devices, meet_on_host};
 
 use super::args::DoctorArgs;
 use super::launch::end_with_launcher;
+use super::ways::Ways;
 
 /// How long a rank may be silent.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -32,9 +33,21 @@ pub fn check(args: &DoctorArgs) -> anyhow::Result<()> {
         bail!("one rank exchanges nothing: ttt launch --nproc 2 -- doctor --ranks");
     }
     let kind = DeviceKind::from(args.device);
+    let load = |path| Config::load(path, &args.sets);
+    let config = args.context.as_deref().map(load).transpose()?;
     let (host, tcp) = meet_on_host(&place, &format!("{args:?}"), DEADLINE)?;
     let checked = (|| {
         let (device, world) = join_on_devices(kind, &place, &host)?;
+        if let Some(mut config) = config {
+            config.run.device = kind;
+            let ways = Ways {
+                host,
+                group: world,
+                device,
+                config,
+            };
+            return ways.all();
+        }
         Check {
             host,
             device,

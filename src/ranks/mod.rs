@@ -3,6 +3,7 @@
 mod args;
 mod exchanges;
 mod launch;
+mod ways;
 
 pub use args::{DoctorArgs, LaunchArgs};
 pub use exchanges::check;

@@ -7,20 +7,39 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use ttt_parallel::{CommError, ProcessGroup};
+use ttt_parallel::{CommError, ProcessGroup, ledger};
+
+/// What TTT layers send, in a [`ttt_parallel::ledger`].
+pub const STATES: &str = "fast weights, and their gradients";
+/// What attention sends.
+pub const ATTENTION: &str = "keys, values or heads of attention";
 
 /// How fast weights travel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StateExchange {
+    /// The chain between two ranks, which is one message; between more, all-to-all.
+    #[default]
+    Auto,
     /// Every rank receives one slice of all ranks' sums, adds up what each rank needs of it, and sends
     /// that back: 2 (P − 1)/P states per rank, whatever P is.
-    #[default]
     AllToAll,
     /// From rank to rank, each adding its own: one state per rank and hop, P − 1 hops in a row.
     Chain,
     /// Every rank receives the sums of all: P − 1 states, held at once.
     AllGather,
+}
+
+impl StateExchange {
+    /// How they travel among `ranks` ranks: never [`StateExchange::Auto`]. Measured with
+    /// `ttt doctor --ranks --context` (docs/log.md).
+    pub fn among(self, ranks: usize) -> Self {
+        match self {
+            Self::Auto if ranks <= 2 => Self::Chain,
+            Self::Auto => Self::AllToAll,
+            chosen => chosen,
+        }
+    }
 }
 
 /// The precision in which fast weights travel. They are summed in f32 in any case.
@@ -131,15 +150,17 @@ impl Context {
         failure.error.take().map_or(Ok(()), Err)
     }
 
-    /// Runs an exchange; `None` if it failed, or one before it did: a lost rank is not asked twice.
+    /// Runs an exchange of `what`; `None` if it failed, or one before it did: a lost rank is not asked twice.
     pub(crate) fn exchange<T>(
         &self,
+        what: &'static str,
         run: impl FnOnce(&dyn ProcessGroup) -> Result<T, CommError>,
     ) -> Option<T> {
         let lock = || self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         if lock().happened {
             return None;
         }
+        let _what = ledger::sending(what);
         match run(&*self.group) {
             Ok(done) => Some(done),
             Err(error) => {

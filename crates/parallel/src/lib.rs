@@ -7,6 +7,7 @@ mod activity;
 mod environment;
 mod group;
 mod host;
+pub mod ledger;
 mod mailbox;
 mod mesh;
 mod single;

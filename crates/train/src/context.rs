@@ -12,6 +12,7 @@ use ttt_parallel::{CommError, Mesh};
 use crate::config::ConfigError;
 use crate::device::read;
 use crate::error::TrainError;
+use crate::sent;
 
 /// The tokens of a row of `length` that this rank has.
 ///
@@ -116,7 +117,8 @@ pub fn largest(
         true => value.inner(),
         false => value,
     });
-    let all = mesh.context.all_gather(Tensor::cat(own.collect(), 0))?;
+    let own = Tensor::cat(own.collect(), 0);
+    let all = sent::of(sent::NORMS, || mesh.context.all_gather(own))?;
     let all: Tensor<2> = all.reshape([ranks, layers.len()]);
     let all: Tensor<1> = all.max_dim(0).reshape([-1]);
     let each = layers.into_iter().enumerate();

@@ -26,6 +26,7 @@ mod rehearsal;
 mod report;
 pub mod run;
 pub mod schedule;
+pub mod sent;
 pub mod signals;
 pub mod start;
 pub mod step;

@@ -48,6 +48,9 @@ pub struct StepMetrics {
     /// ‖η S‖_F / ‖W_0‖_F by TTT layer.
     #[serde(deserialize_with = "nulls_are_nan")]
     pub ttt_state_ratio: BTreeMap<usize, f64>,
+    /// Bytes that rank 0 sent to others in this step, counted; absent on one rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sent_bytes: Option<u64>,
     /// Most memory held so far by the process (CPU), or reserved on the device (CUDA), GiB.
     pub memory_gib: Option<f64>,
     /// Seconds since this process began to train.

@@ -13,6 +13,7 @@ use ttt_kernels::ops::flat::{Part, joined};
 use ttt_parallel::{CommError, Mesh};
 
 use crate::config::{OnBadGradient, OptimizerConfig};
+use crate::sent;
 use crate::units::UnitState;
 
 /// How quickly the running gradient norm follows: the weight of the newest.
@@ -112,7 +113,7 @@ impl Updater {
                 }
             }
         }
-        let squares = mesh.shard.all_reduce_sum(squares)?;
+        let squares = sent::of(sent::GRADIENT_NORM, || mesh.shard.all_reduce_sum(squares))?;
         let grad_norm = squares.sqrt() * normalizer.clone();
 
         let good = self.judge(&grad_norm, step);

@@ -147,6 +147,7 @@ mod tests {
             mfu_with_ttt: None,
             skipped: true,
             ttt_state_ratio: Default::default(),
+            sent_bytes: None,
             memory_gib: Some(1.25),
             elapsed_s: 10.0,
         };

@@ -23,6 +23,8 @@ pub(crate) struct Launched {
     pub loss: Tensor<1>,
     pub update: UpdateOutput,
     pub state_ratios: BTreeMap<usize, Tensor<1>>,
+    /// Bytes that this rank sent; `None` on one rank.
+    pub sent: Option<u64>,
 }
 
 /// Tells how the run goes, one step behind the device so that it never waits.
@@ -123,6 +125,7 @@ impl Report {
             mfu_with_ttt: share(flops.training_with_ttt()),
             skipped: !applied,
             ttt_state_ratio,
+            sent_bytes: launched.sent,
             memory_gib: metrics::memory_gib(self.kind, &self.device),
             elapsed_s: self.begun.elapsed().as_secs_f64(),
         };

@@ -27,6 +27,7 @@ use crate::ranks::Ranks;
 use crate::rehearsal::Rehearsal;
 use crate::report::{Launched, Pace, Report};
 use crate::schedule::learning_rate;
+use crate::sent::{self, Comparison};
 use crate::signals::Signals;
 use crate::start::{BaseModel, read_small_files};
 use crate::step::{MicroBatch, Model, RopeCache};
@@ -70,7 +71,8 @@ fn train_on(
     ranks: &mut Ranks,
 ) -> Result<(), TrainError> {
     // ---- where and with whom -----------------------------------------------------------------
-    let (mesh, device) = (ranks.mesh.clone(), ranks.device.clone());
+    let (mesh, ledger) = sent::counted(ranks.mesh.clone());
+    let device = ranks.device.clone();
     let speaks = ranks.first();
     let compute = device::compute_dtype(config.run.device, config.train.compute);
     ttt_kernels::deterministic::set(config.train.deterministic);
@@ -203,8 +205,12 @@ fn train_on(
     let steps = config.train.steps;
     let tokens_per_step = config.train.batch_tokens as u64;
     let nominal = 1.0 / config.train.batch_tokens as f64;
+    let begin = at.step;
     while at.step < steps {
         let step = at.step;
+        let first = step == begin;
+        // What was sent between steps is none of theirs.
+        ledger.take();
         mesh.activity.at(format_args!("step {step}"));
         rehearsal.perform(ranks.rank(), step, &mesh.activity, &device)?;
 
@@ -240,13 +246,23 @@ fn train_on(
 
         // Update.
         mesh.activity.at(format_args!("the update of step {step}"));
-        let labelled = mesh.all_reduce_sum(scalar(labelled as f64 * nominal, &device))?;
+        let labelled = scalar(labelled as f64 * nominal, &device);
+        let all = |value| sent::of(sent::LOSS, || mesh.all_reduce_sum(value));
+        let labelled = all(labelled)?;
         let normalizer = labelled.recip();
-        let loss = mesh.all_reduce_sum(loss)? * normalizer.clone();
+        let loss = all(loss)? * normalizer.clone();
         let lr = learning_rate(&config.optimizer, step, steps);
         let update = updater.update(&mut model.units, normalizer, lr, step, &mesh)?;
         at.step += 1;
         at.tokens += tokens_per_step;
+        let sent = ledger.take();
+        if first && ranks.count() > 1 {
+            let compared = Comparison::new(&sent, config, mesh.layout, mesh.context.rank());
+            report.progress.note(&format!(
+                "bytes that this rank sent in step {step}, and those planned for rows of one document each\
+                 {compared}"
+            ));
+        }
 
         // Report the step before, which the device has finished by now.
         report.step(Launched {
@@ -257,6 +273,7 @@ fn train_on(
             loss,
             update,
             state_ratios,
+            sent: (ranks.count() > 1).then(|| sent.values().sum()),
         })?;
         if report.reads >= STEPS_OF_THE_START {
             ranks.started();

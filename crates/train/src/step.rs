@@ -18,6 +18,7 @@ use ttt_parallel::{CommError, Mesh};
 use crate::config::Activations;
 use crate::context;
 use crate::error::TrainError;
+use crate::sent;
 use crate::units::UnitState;
 
 /// The model being trained and where it runs.
@@ -212,6 +213,7 @@ impl Model {
         for layer in layers.clone() {
             mesh.activity
                 .at(format_args!("the forward of block {layer}"));
+            let _sent = sent::for_unit(Unit::Block(layer));
             let params = self.params(Unit::Block(layer), mesh)?;
             self.prefetch_after(layer, mesh)?;
             if layer + 1 == config.num_hidden_layers && config.tie_word_embeddings {
@@ -244,6 +246,7 @@ impl Model {
         for layer in layers.rev() {
             mesh.activity
                 .at(format_args!("the backward of block {layer}"));
+            let _sent = sent::for_unit(Unit::Block(layer));
             let graph = match kept.pop().expect("one entry per block") {
                 Kept::Graph(graph) => *graph,
                 Kept::Input(x) => {

@@ -12,6 +12,7 @@ use ttt_model::{ModelConfig, ParamSpec, Params, Unit};
 use ttt_parallel::{CommError, Mesh, Pending};
 
 pub use crate::flat::{FlatLayout, Piece};
+use crate::sent;
 
 /// One unit of the model being trained.
 #[derive(Debug)]
@@ -159,7 +160,10 @@ impl UnitState {
                     cast(own, section.precision(compute))
                 }
             };
-            self.coming.push(mesh.shard.start_all_gather(own)?);
+            let coming = sent::of_unit(self.unit, sent::PARAMETERS, || {
+                mesh.shard.start_all_gather(own)
+            });
+            self.coming.push(coming?);
         }
         Ok(())
     }
@@ -199,8 +203,10 @@ impl UnitState {
                 padding => parts.push(Part::Zeros(padding)),
             }
             let all = accumulate(None, parts);
-            self.returning
-                .push(mesh.shard.start_reduce_scatter_sum(all)?);
+            let returning = sent::of_unit(self.unit, sent::GRADIENTS, || {
+                mesh.shard.start_reduce_scatter_sum(all)
+            });
+            self.returning.push(returning?);
         }
         Ok(())
     }
@@ -235,7 +241,10 @@ impl UnitState {
         if mesh.replicas.size() > 1 {
             let zeros = || vec![Part::Values(self.master.zeros_like())];
             let own = joined(self.gradient.take().unwrap_or_else(zeros));
-            self.summing = Some(mesh.replicas.start_all_reduce_sum(own)?);
+            let summing = sent::of_unit(self.unit, sent::SUMS, || {
+                mesh.replicas.start_all_reduce_sum(own)
+            });
+            self.summing = Some(summing?);
         }
         Ok(())
     }

@@ -219,7 +219,7 @@ fn optimizer() -> impl Strategy<Value = OptimizerConfig> {
 fn parallel() -> impl Strategy<Value = ParallelConfig> {
     use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
     let settings = (
-        0..3usize,
+        0..4usize,
         any::<bool>(),
         0..3usize,
         2..100u64,
@@ -229,6 +229,7 @@ fn parallel() -> impl Strategy<Value = ParallelConfig> {
         // Every step has one row at least; more ranks would have to divide it.
         replicate: one.then_some(1),
         context_states: [
+            StateExchange::Auto,
             StateExchange::AllToAll,
             StateExchange::Chain,
             StateExchange::AllGather,

@@ -20,6 +20,7 @@ fn step(step: u64, loss: f64) -> StepMetrics {
         mfu_with_ttt: Some(0.1),
         skipped: false,
         ttt_state_ratio: [(0, 0.25), (12, loss * 1e-9)].into(),
+        sent_bytes: (loss > 1.0).then_some(1 << 40),
         memory_gib: Some(1.0 / 3.0),
         elapsed_s: 0.1,
     }

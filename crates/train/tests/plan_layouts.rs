@@ -16,6 +16,7 @@ use ttt_train::device::compute_dtype;
 use ttt_train::init::initial_values;
 use ttt_train::optimizer::{Updater, scalar};
 use ttt_train::plan::{Among, Gpus, Plan, PlanError, Traffic, propose};
+use ttt_train::sent::{self, Comparison};
 use ttt_train::step::{MicroBatch, Model, RopeCache};
 use ttt_train::units::UnitState;
 
@@ -107,12 +108,52 @@ fn step(config: &Config, mesh: &Mesh) {
         let pass = model.accumulate(&micro, 0.01, config.train.activations, mesh);
         loss = loss + pass.expect("all ranks").loss;
     }
-    let labelled = mesh
-        .all_reduce_sum(scalar(1.0, &device))
-        .expect("all ranks");
-    mesh.all_reduce_sum(loss).expect("all ranks");
+    let all = |value| sent::of(sent::LOSS, || mesh.all_reduce_sum(value));
+    let labelled = all(scalar(1.0, &device)).expect("all ranks");
+    all(loss).expect("all ranks");
     let updated = updater.update(&mut model.units, labelled, 1e-3, 0, mesh);
     updated.expect("all ranks");
+}
+
+/// Every line of the table has the same number twice, and the last is the total.
+fn assert_printed_equal(table: &str, total: u64) {
+    let lines = table.lines().skip(2); // the first is empty, the next the titles
+    let numbers = lines.map(|line| {
+        let (rest, planned) = line.trim_end().rsplit_once(' ').expect("two columns");
+        let (_, counted) = rest.trim_end().rsplit_once(' ').expect("two columns");
+        assert_eq!(counted, planned, "{table}");
+        counted.replace(',', "").parse::<u64>().expect("a number")
+    });
+    assert_eq!(numbers.last(), Some(total), "{table}");
+}
+
+/// A run that sends something else than planned says so, of the units that do.
+#[test]
+fn what_was_not_planned_is_seen() {
+    let layout = layout([1, 1, 2]);
+    let [as_planned, halved] = ["f32", "bf16"].map(|payload| {
+        let payload = format!("parallel.context_payload={payload}");
+        tiny(&["model.sliding_window=20", &payload])
+    });
+    let tables = on_ranks(layout, |mesh| {
+        let (watched, ledger) = sent::counted(mesh.clone());
+        step(&as_planned, &watched);
+        let sent = ledger.take();
+        let rank = mesh.context.rank();
+        [&as_planned, &halved].map(|config| Comparison::new(&sent, config, layout, rank))
+    });
+    for [equal, other] in &tables {
+        assert!(equal.is_equal() && !other.is_equal(), "{equal}{other}");
+    }
+    let told = tables[0][1].to_string();
+    let of_states = told
+        .lines()
+        .skip_while(|line| !line.contains("fast weights"));
+    let line = of_states.into_iter().nth(1);
+    // 16 x 24 in f32, once forward; the first rank sends nothing back.
+    let words = line.expect("the layers that learn").split_whitespace();
+    let numbers: Vec<&str> = words.skip(4).collect();
+    assert_eq!(numbers, ["12,288", "6,144"], "{told}");
 }
 
 /// Every byte of the plan is sent, and no other.
@@ -170,11 +211,21 @@ fn ranks_send_what_the_plan_says() {
                     replicas: counts.watch(Among::Replicas, mesh.replicas.clone()),
                     ..mesh.clone()
                 };
+                let (watched, ledger) = sent::counted(watched);
                 step(&config, &watched);
+                let told = ledger.take();
                 let plan = Traffic::of(&config, layout, mesh.context.rank());
                 let planned = KINDS.map(|kind| plan.bytes_among(kind));
                 let rank = mesh.world.rank();
                 assert_eq!(counts.of(), planned, "{sets:?} on {layout:?}, rank {rank}");
+                // The same unit by unit, as a run prints it.
+                let told = Comparison::new(&told, &config, layout, mesh.context.rank());
+                assert!(
+                    told.is_equal(),
+                    "{sets:?} on {layout:?}, rank {rank}: {told}"
+                );
+                assert_eq!(told.counted(), plan.bytes());
+                assert_printed_equal(&told.to_string(), plan.bytes());
             });
         }
     }

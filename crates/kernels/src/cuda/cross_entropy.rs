@@ -6,7 +6,7 @@ use super::gemm::Matrix;
 use super::stream::{Arg, Buffer, on_stream};
 use crate::dtype::cast;
 
-/// Elements of the logits held at a time (256 MiB).
+/// Elements of the logits held at a time (128 MiB in bf16).
 const LOGITS: usize = 1 << 26;
 
 /// Result of [`forward`].

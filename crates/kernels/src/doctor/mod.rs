@@ -8,6 +8,7 @@ mod optimizer;
 mod system;
 
 pub use compare::{Comparison, Op, Rate, compare, repeated};
+pub use mirror::Mirror;
 pub use system::{Finding, bandwidth, gpu_count, gpu_name, system};
 
 use burn::tensor::Device;

@@ -3,7 +3,7 @@
 //! A collective of P ranks is counted as a ring makes it: of what all of them end up with, or start
 //! from, each rank sends (P − 1)/P, twice for a sum that all get. NCCL's trees send about as much.
 
-use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
+use ttt_kernels::context::{ATTENTION, AttentionExchange, Payload, STATES, StateExchange};
 use ttt_kernels::ops::attention::heads_divide;
 use ttt_model::{ModelConfig, Unit};
 use ttt_parallel::Layout;
@@ -11,6 +11,7 @@ use ttt_parallel::Layout;
 use super::saved::keys;
 use crate::config::{Activations, Config};
 use crate::device::compute_dtype;
+use crate::sent;
 use crate::step::gathers;
 use crate::units::FlatLayout;
 
@@ -39,6 +40,8 @@ pub struct TrafficItem {
     pub per_layer: Option<(u64, usize)>,
     /// Bytes that a rank sends in a step.
     pub bytes: u64,
+    /// The same of each unit, where it is for units.
+    pub units: Vec<(Unit, u64)>,
     /// Exchanges in a step.
     pub exchanges: u64,
 }
@@ -143,10 +146,19 @@ impl<'a> Step<'a> {
         let model = self.model();
         let train = &self.config.train;
         let compute = compute_dtype(self.config.run.device, train.compute);
-        let (mut gather, mut scatter, mut sum) = (0, 0, 0);
-        let (mut gathered, mut scattered, mut summed) = (0, 0, 0);
-        // The largest block stands for all in "per layer".
-        let (mut gather_block, mut scatter_block, mut sum_block) = (0, 0, 0);
+        let item = |name, among| TrafficItem {
+            name,
+            among,
+            per_layer: Some((0, model.num_hidden_layers)),
+            bytes: 0,
+            units: vec![],
+            exchanges: 0,
+        };
+        let mut items = [
+            item(sent::PARAMETERS, Among::Shard),
+            item(sent::GRADIENTS, Among::Shard),
+            item(sent::SUMS, Among::Replicas),
+        ];
         for unit in Unit::all(model) {
             let layout = FlatLayout::new(model, unit, shards);
             let others = shards as u64 - 1;
@@ -158,49 +170,24 @@ impl<'a> Step<'a> {
             let back = others * F32 * layout.shard_len() as u64;
             let among_replicas = all_reduce(F32 * layout.shard_len() as u64, replicas);
             let (times, returns) = gathers(model, unit, train.activations);
-            gather += self.micro_batches * times * there;
-            gathered += self.micro_batches * times * parts;
-            scatter += self.micro_batches * returns * back;
-            scattered += self.micro_batches * returns * parts;
-            sum += among_replicas;
-            summed += 1;
-            if matches!(unit, Unit::Block(_)) {
-                gather_block = gather_block.max(there);
-                scatter_block = scatter_block.max(back);
-                sum_block = sum_block.max(among_replicas);
+            let (times, returns) = (self.micro_batches * times, self.micro_batches * returns);
+            // Bytes at once, how often, and in how many exchanges each.
+            let of_unit = [
+                (there, times, parts),
+                (back, returns, parts),
+                (among_replicas, 1, 1),
+            ];
+            for (item, (once, times, parts)) in items.iter_mut().zip(of_unit) {
+                item.bytes += times * once;
+                item.units.push((unit, times * once));
+                item.exchanges += times * parts;
+                // The largest block stands for all in "per layer".
+                if let (Unit::Block(_), Some((largest, _))) = (unit, &mut item.per_layer) {
+                    *largest = once.max(*largest);
+                }
             }
         }
-        let layers = model.num_hidden_layers;
-        let item = |name, among, block, bytes, exchanges| TrafficItem {
-            name,
-            among,
-            per_layer: Some((block, layers)),
-            bytes,
-            exchanges,
-        };
-        vec![
-            item(
-                "parameters, all-gather",
-                Among::Shard,
-                gather_block,
-                gather,
-                gathered,
-            ),
-            item(
-                "gradients, reduce-scatter",
-                Among::Shard,
-                scatter_block,
-                scatter,
-                scattered,
-            ),
-            item(
-                "gradients, all-reduce",
-                Among::Replicas,
-                sum_block,
-                sum,
-                summed,
-            ),
-        ]
+        items.into()
     }
 
     /// What the parts of a row need of each other.
@@ -217,38 +204,44 @@ impl<'a> Step<'a> {
 
         let learning = model.ttt_layers().len();
         let (forward, backward) = self.states();
-        let exchanges = match self.config.parallel.context_states {
-            StateExchange::AllToAll => 2,
+        let each = self.rows * (self.forwards() * forward + backward);
+        let of_layers = model.ttt_layers().into_iter();
+        let exchanges = match self.config.parallel.context_states.among(ranks) {
+            StateExchange::AllToAll | StateExchange::Auto => 2,
             StateExchange::Chain | StateExchange::AllGather => 1,
         };
         items.push(TrafficItem {
-            name: "fast weights, and their gradients",
+            name: STATES,
             among: Among::Context,
             per_layer: Some((micro_rows * (forward + backward), learning)),
-            bytes: self.rows * learning as u64 * (self.forwards() * forward + backward),
+            bytes: learning as u64 * each,
+            units: of_layers.map(|layer| (Unit::Block(layer), each)).collect(),
             exchanges: self.micro_batches * passes * exchanges * learning as u64,
         });
 
-        let (mut bytes, mut largest, mut exchanges) = (0, 0, 0);
+        let (mut units, mut largest, mut exchanges) = (vec![], 0, 0);
         for layer in 0..model.num_hidden_layers {
             let (forward, backward, times) = self.attention(layer);
-            bytes += self.rows * (self.forwards() * forward + backward);
+            let bytes = self.rows * (self.forwards() * forward + backward);
+            units.push((Unit::Block(layer), bytes));
             largest = largest.max(micro_rows * (forward + backward));
             exchanges += self.micro_batches * passes * times;
         }
         items.push(TrafficItem {
-            name: "keys, values or heads of attention",
+            name: ATTENTION,
             among: Among::Context,
             per_layer: Some((largest, model.num_hidden_layers)),
-            bytes,
+            bytes: units.iter().map(|(_, bytes)| bytes).sum(),
+            units,
             exchanges,
         });
         let norms = (ranks as u64 - 1) * F32 * learning as u64;
         items.push(TrafficItem {
-            name: "norms of fast weights",
+            name: sent::NORMS,
             among: Among::Context,
             per_layer: None,
             bytes: self.micro_batches * norms,
+            units: vec![],
             exchanges: self.micro_batches * u64::from(learning > 0),
         });
         items
@@ -265,8 +258,8 @@ impl<'a> Step<'a> {
         };
         let state = (model.hidden_size * model.intermediate_size) as u64;
         let padded = state.next_multiple_of(ranks as u64);
-        match self.config.parallel.context_states {
-            StateExchange::AllToAll => {
+        match self.config.parallel.context_states.among(ranks) {
+            StateExchange::AllToAll | StateExchange::Auto => {
                 let both = 2 * ring(payload * padded, ranks);
                 (both, both)
             }
@@ -322,13 +315,14 @@ impl<'a> Step<'a> {
             among,
             per_layer: None,
             bytes,
+            units: vec![],
             exchanges,
         };
         let all = 2 * all_reduce(F32, self.layout.ranks());
         let norm = all_reduce(F32, self.layout.parameter_shards());
         [
-            item("loss and labelled tokens", Among::World, all, 2),
-            item("norm of the gradient", Among::Shard, norm, 1),
+            item(sent::LOSS, Among::World, all, 2),
+            item(sent::GRADIENT_NORM, Among::Shard, norm, 1),
         ]
     }
 }

@@ -149,8 +149,8 @@ impl Edge {
         (0..batch).fold(qkv, |qkv, row| {
             let from = place.from + (row * self.tokens + tokens.start) * place.row * size;
             let part = x.clone().narrow(0, row * each, each);
-            let place = [Range::from(from..from + each)];
-            qkv.slice_assign(place, part)
+            let stretch = from..from + each;
+            qkv.slice_assign(std::slice::from_ref(&stretch), part)
         })
     }
 

@@ -188,4 +188,6 @@ impl<'a> Carry<'a> {
 }
 
 #[cfg(test)]
+mod order;
+#[cfg(test)]
 mod tests;

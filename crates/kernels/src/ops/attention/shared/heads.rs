@@ -3,6 +3,7 @@
 use burn::tensor::Tensor;
 
 use super::SharedAttention;
+use crate::context::ATTENTION;
 
 /// Whether key-value heads can travel among `ranks`.
 pub fn heads_divide(groups: usize, ranks: usize) -> bool {
@@ -56,7 +57,9 @@ impl SharedAttention {
         let together = Tensor::cat(parts, 1); // [P, Σ B N X/P E]
         let width = together.dims()[1];
         let flat = together.clone().reshape([-1]);
-        let received = self.context.exchange(|group| group.all_to_all(flat));
+        let received = self
+            .context
+            .exchange(ATTENTION, |group| group.all_to_all(flat));
         let received = match received {
             Some(received) => received.reshape([ranks, width]),
             None => together.zeros_like(),

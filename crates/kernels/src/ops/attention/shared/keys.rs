@@ -6,7 +6,7 @@ use burn::tensor::{DType, Device, Tensor};
 use ttt_parallel::{Pending, Receive};
 
 use super::{SharedAttention, gradients, run};
-use crate::context::Fault;
+use crate::context::{ATTENTION, Fault};
 use crate::ops::attention::Saved;
 
 /// The form of keys and values, whatever their tokens: `[B, _, G, E]`.
@@ -190,7 +190,7 @@ impl SharedAttention {
             true => None,
             false => self
                 .context
-                .exchange(|group| group.start_exchange(sends, due)),
+                .exchange(ATTENTION, |group| group.start_exchange(sends, due)),
         };
         Strips {
             form,
@@ -206,7 +206,8 @@ impl SharedAttention {
             receives,
             coming,
         } = strips;
-        let received = coming.and_then(|coming| self.context.exchange(|_| coming.wait()));
+        let received =
+            coming.and_then(|coming| self.context.exchange(ATTENTION, |_| coming.wait()));
         let parts = receives.iter().enumerate().map(|(i, &(_, count))| {
             let len = form.elements(count);
             let flat = match &received {

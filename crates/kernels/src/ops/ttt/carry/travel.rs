@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use ttt_parallel::{CommError, Pending, ProcessGroup, Receive};
 
 use super::Carry;
-use crate::context::StateExchange;
+use crate::context::{STATES, StateExchange};
 
 /// One exchange of sums, under way.
 #[derive(Debug)]
@@ -130,7 +130,7 @@ impl Travel<'_> {
     ) {
         let stage = std::mem::replace(&mut self.stage, Stage::Lost);
         let context = self.carry.context;
-        let next = context.exchange(|group| to(self, group, stage));
+        let next = context.exchange(STATES, |group| to(self, group, stage));
         self.stage = next.unwrap_or(Stage::Lost);
     }
 
@@ -144,8 +144,9 @@ impl Travel<'_> {
 
     fn begin(&self, group: &dyn ProcessGroup, _: Stage) -> Result<Stage, CommError> {
         let carry = &self.carry;
-        Ok(match carry.context.settings.states {
-            StateExchange::AllToAll => {
+        let states = carry.context.settings.states;
+        Ok(match states.among(group.size()) {
+            StateExchange::AllToAll | StateExchange::Auto => {
                 let slices = carry.packed(self.slices(group.size()));
                 Stage::Slices(group.start_all_to_all(slices)?)
             }
