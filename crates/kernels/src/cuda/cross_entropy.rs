@@ -6,8 +6,8 @@ use super::gemm::Matrix;
 use super::stream::{Arg, Buffer, on_stream};
 use crate::dtype::cast;
 
-/// Elements of the logits held at a time (128 MiB in bf16).
-const LOGITS: usize = 1 << 26;
+/// Elements of the logits held at a time (256 MiB).
+const LOGITS: usize = 1 << 27;
 
 /// Result of [`forward`].
 pub struct Loss {

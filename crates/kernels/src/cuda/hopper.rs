@@ -1,6 +1,8 @@
 //! Matrix products that end in SwiGLU, for Hopper GPUs (`source/hopper.cu`): what the separate kernels
 //! read and write between product and activation stays in registers.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use burn::tensor::DType;
 use cudarc::driver::sys;
 
@@ -18,6 +20,19 @@ const HALF: usize = 64;
 
 /// Bytes of shared memory: two tiles a stage, and what aligns the first.
 const SHARED: usize = STAGES * 2 * TILE * DEPTH * 2 + 1024;
+
+/// A product of this process ran on a kernel of this file.
+static RAN: AtomicBool = AtomicBool::new(false);
+
+/// Whether [`Context::learned_product_backward`] has a kernel for pieces of these sizes, as far as the host
+/// knows: once one of these kernels has run.
+pub fn learned_fits(pieces: &[usize], d: usize, f: usize) -> bool {
+    let whole = |piece: &usize| piece.is_multiple_of(2 * TILE);
+    RAN.load(Ordering::Relaxed)
+        && pieces.iter().all(whole)
+        && d.is_multiple_of(DEPTH)
+        && f.is_multiple_of(TILE)
+}
 
 /// Threads of a block: a warpgroup that loads, two that multiply.
 const THREADS: u32 = 384;
@@ -160,6 +175,7 @@ impl Context<'_> {
     fn launch_clusters(&mut self, name: &'static str, args: &[Arg]) -> Result<bool, String> {
         let blocks = self.processors()? / 2 * 2;
         self.launch_shared(name, (blocks, 1, 1), THREADS, SHARED as u32, args)?;
+        RAN.store(true, Ordering::Relaxed);
         Ok(true)
     }
 }

@@ -26,7 +26,7 @@ const BF16: f64 = 2.0;
 /// Logits that the loss holds at a time: the slice of `ttt_kernels::linear_cross_entropy`, and of its
 /// fused form.
 const LOGITS_SLICE: f64 = (1u64 << 25) as f64;
-const FUSED_LOGITS_SLICE: f64 = (1u64 << 26) as f64;
+const FUSED_LOGITS_SLICE: f64 = (1u64 << 27) as f64;
 
 /// Bytes of the weights that the fused scan of a TTT layer makes at a time, at least one.
 const WEIGHTS_SLAB: f64 = (256u64 << 20) as f64;

@@ -6,6 +6,7 @@ use burn::tensor::{DType, Tensor};
 
 use super::{Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs, matrices};
 use crate::cuda::gemm::Matrix;
+use crate::cuda::hopper::learned_fits;
 use crate::cuda::stream::{Arg, Buffer, Context, on_stream};
 use crate::cuda::sublayer::through_swiglu;
 use crate::ops::ttt::Gradients;
@@ -20,6 +21,9 @@ pub struct States<'a> {
     /// The state that a row began with, where the document it belongs to is not the row's last.
     pub first: &'a [Option<Tensor<2>>],
 }
+
+/// Elements of a buffer that stands for none.
+const NO_SCRATCH: usize = 8;
 
 /// A backward pass and its memory.
 pub struct Backward<'a> {
@@ -146,17 +150,20 @@ impl<'a> Backward<'a> {
         }
     }
 
-    /// Memory for dZ; if that goes on through SwiGLU, of one group at a time.
+    /// Memory for dZ; if that goes on through SwiGLU, of one group at a time, or none where the product does.
     fn inner_gradient(&self) -> Buffer {
-        let tokens = |group: &Group| group.pieces.len() * group.pieces[0].range.len();
-        let (z, f) = (&self.i.z, self.i.sizes.f);
-        match self.pair {
-            None => z.empty(z.dims(), DType::BF16),
-            Some(_) => {
-                let most = self.rows.iter().flatten().map(tokens).max();
-                z.empty([most.unwrap_or(1), f], DType::BF16)
-            }
+        let (z, s) = (&self.i.z, &self.i.sizes);
+        if self.pair.is_none() {
+            return z.empty(z.dims(), DType::BF16);
         }
+        let groups = self.rows.iter().flatten();
+        let length = |group: &Group| group.pieces[0].range.len();
+        let pieces: Vec<usize> = groups.clone().map(length).collect();
+        if learned_fits(&pieces, s.d, s.f) {
+            return z.empty([NO_SCRATCH], DType::BF16);
+        }
+        let tokens = groups.map(|group| group.pieces.len() * length(group));
+        z.empty([tokens.max().unwrap_or(1), s.f], DType::BF16)
     }
 
     /// The products of the first group that needs what returns, some before what others wait for is
@@ -202,6 +209,7 @@ impl<'a> Backward<'a> {
             &self.sums,
         ];
         let (kept, pair) = (&self.kept, &self.pair);
+        let has_scratch = dz.len() > NO_SCRATCH;
         reads.extend(kept);
         reads.extend(pair.iter().map(|[values, _]| values));
         writes.extend(pair.iter().map(|[_, gradients]| gradients));
@@ -213,6 +221,7 @@ impl<'a> Backward<'a> {
             let (dz, dv, dw0, later, state) = (to[0], to[1], to[2], to[3], to[4]);
             let mut at = 4;
             let [last, first, behind] = lists.map(|list| addresses(list, from, &mut at));
+            let scratch = has_scratch.then_some(dz);
             let known = kept.is_some();
             let (weights, sums) = match known {
                 true => (from[at], to[6]),
@@ -267,7 +276,7 @@ impl<'a> Backward<'a> {
                     let slabs = (if known { 0 } else { weights }, sums);
                     pass.gradients(cx, group, slabs, [state, later, dw0], (gets, keeps))?;
                     match pair {
-                        Some(pair) => products.through(cx, row, group, (pair, dz), gets)?,
+                        Some(pair) => products.through(cx, row, group, (pair, scratch), gets)?,
                         None => {
                             let dz = s.rows(dz, row, group, s.f);
                             products.inner(cx, row, group, dz, gets)?;
@@ -347,13 +356,13 @@ impl Products<'_> {
     }
 
     /// The same, and on through SwiGLU: `pair` is where gate and up, and their gradients, lie for all rows;
-    /// `dz` is scratch.
+    /// `dz` is scratch for where that is no single kernel.
     fn through(
         &self,
         cx: &mut Context,
         row: usize,
         group: &Group,
-        ((pair, dpair), dz): ((u64, u64), u64),
+        ((pair, dpair), dz): ((u64, u64), Option<u64>),
         gets: u32,
     ) -> Result<(), String> {
         let s = self.pass.s;
@@ -369,6 +378,7 @@ impl Products<'_> {
         if cx.learned_product_backward(rows, matrices, piece, (dpair, pair))? {
             return Ok(());
         }
+        let dz = dz.ok_or("a product through SwiGLU was taken before and is not there now")?;
         let of_pieces = Matrix::new(dz, piece, s.f, DType::BF16).batched(count, piece * s.f);
         self.inner(cx, row, group, of_pieces, gets)?;
         through_swiglu(cx, (dpair, 0), (pair, dz), (tokens, s.f))

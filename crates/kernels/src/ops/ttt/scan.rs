@@ -87,6 +87,7 @@ pub struct Outcome {
     /// The state that each row began with, if its first document has one.
     pub arrived: Vec<Option<Tensor<2>>>,
     /// The weights that the pieces of all rows read, where they are there together: `[pieces, D, F]`.
+    #[cfg(feature = "cuda")]
     pub weights: Option<Tensor<3>>,
 }
 
@@ -121,6 +122,7 @@ pub struct Saved {
     /// The state that each row began with, where the document it belongs to is not the last.
     first: Vec<Option<Tensor<2>>>,
     /// See [`Outcome::weights`].
+    #[cfg(feature = "cuda")]
     weights: Option<Tensor<3>>,
 }
 
@@ -237,6 +239,7 @@ impl FastWeightScan {
             w0,
             last: done.last,
             first: self.kept(done.arrived),
+            #[cfg(feature = "cuda")]
             weights: done.weights,
         };
         (done.output, done.norm, saved)

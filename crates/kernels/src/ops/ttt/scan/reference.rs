@@ -156,6 +156,7 @@ pub(super) fn forward(
         outputs.push(Tensor::cat(parts.collect(), 0).unsqueeze::<3>());
     }
     Outcome {
+        #[cfg(feature = "cuda")]
         weights: None,
         output: Tensor::cat(outputs, 0),
         norm: Tensor::cat(norms, 0).max(),
@@ -182,7 +183,8 @@ pub(super) fn backward(
         w0,
         mut last,
         first,
-        weights: _,
+        #[cfg(feature = "cuda")]
+            weights: _,
     } = saved;
     let back = |row: usize| Back {
         z: &z,
