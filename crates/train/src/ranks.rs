@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::Device;
+use rustix::process::{Signal as ToSend, getpid, kill_process};
 use ttt_parallel::tcp::{Meeting, Tcp, Watch, connect};
 use ttt_parallel::{CommError, Declared, Mesh, Place, ProcessGroup, SingleRank, Votes};
 
@@ -203,9 +204,20 @@ fn end_with(watch: Watch, rank: usize, size: usize) {
         if let Some(reason) = watch.wait() {
             std::thread::sleep(GRACE);
             eprintln!("error: rank {rank} of {size}: {reason}");
-            std::process::exit(FAILED);
+            leave();
         }
     });
+}
+
+/// Ends the process. What libraries do at an exit may wait for a GPU that never answers, so a process that
+/// is still there after [`GRACE`] is killed.
+fn leave() -> ! {
+    std::thread::spawn(|| {
+        std::thread::sleep(GRACE);
+        let killed = kill_process(getpid(), ToSend::KILL);
+        eprintln!("error: cannot end this process: {killed:?}");
+    });
+    std::process::exit(FAILED)
 }
 
 /// Whether this rank's device waits for those of others. Threads that wait for tensors over TCP say so.

@@ -261,16 +261,12 @@ impl<'a> Sizes<'a> {
 
     /// One micro-batch at the end of its backward pass, when the first block is differentiated.
     fn end_of_pass(&self) -> Vec<MemoryItem> {
-        let train = &self.config.train;
         let residual = self.tokens * self.hidden * self.compute_bytes;
         let block = self.saved_by_block_bytes(0);
         vec![
             self.all_gradients(),
             item("activations of the first block", block + 4.0 * residual),
-            item(
-                "TTT states, f32",
-                self.ttt_state_bytes(train.micro_batch_rows),
-            ),
+            item("TTT states, f32", self.ttt_state_bytes(1)),
             item("TTT states on their way", self.travelling_state_bytes()),
             item(
                 "one block in its backward pass",
@@ -302,38 +298,43 @@ impl<'a> Sizes<'a> {
             Activations::Keep => "kept",
             Activations::Recompute => "block inputs",
         };
-        let rows = train.micro_batch_rows;
-        let states = match train.activations {
-            Activations::Keep => rows * model.ttt_layers().len(),
-            Activations::Recompute => rows,
+        let layers = match train.activations {
+            Activations::Keep => model.ttt_layers().len(),
+            Activations::Recompute => 1,
         };
         vec![
             self.gradients_so_far(),
             item(format!("activations, {mode}"), kept + ends),
-            item("TTT states, f32", self.ttt_state_bytes(states)),
+            item("TTT states, f32", self.ttt_state_bytes(layers)),
             item("TTT states on their way", self.travelling_state_bytes()),
             item(name, working),
         ]
     }
 
-    /// `kept` states for the backward pass, and the buffers of the layer that runs: S, G, one chunk's
-    /// update to each, and the weight W_0 + η S; or what the fused scan has of them.
-    fn ttt_state_bytes(&self, kept: usize) -> f64 {
+    /// What `layers` layers that learn keep for the backward pass, and the buffers of the one that runs: S, G,
+    /// one chunk's update to each, and the weight W_0 + η S; or what the fused scan has of them.
+    fn ttt_state_bytes(&self, layers: usize) -> f64 {
         if self.config.model.ttt_layers().is_empty() {
             return 0.0;
         }
         let elements = self.hidden * self.intermediate;
-        let working = match self.fused() {
-            // S and G; of a group of chunks the weights and the updates, bf16.
-            true => {
-                let chunks = self.config.train.sequence_length / self.layout.context;
-                let chunks = chunks.div_ceil(self.config.model.ttt.chunk).min(32) as f64;
-                let at_once = (WEIGHTS_SLAB / (2.0 * elements)).floor().clamp(1.0, chunks);
-                2.0 * F32 * elements + 2.0 * at_once * 2.0 * elements
-            }
-            false => 5.0 * F32 * elements,
+        let rows = self.config.train.micro_batch_rows as f64;
+        let states = rows * F32 * elements;
+        if !self.fused() {
+            return layers as f64 * states + 5.0 * F32 * elements;
+        }
+        let tokens = self.config.train.sequence_length / self.layout.context;
+        let chunks = tokens.div_ceil(self.config.model.ttt.chunk) as f64;
+        let slots = (WEIGHTS_SLAB / (BF16 * elements)).floor().clamp(1.0, 32.0);
+        // Rows that a slab holds whole need no states and share it; if all do, their weights are kept.
+        let whole = self.layout.context == 1 && chunks <= slots;
+        let (kept, at_once) = match whole {
+            true if rows * chunks <= slots => (rows * chunks * BF16 * elements, rows * chunks),
+            true => (0.0, slots),
+            false => (states, slots.min(chunks)),
         };
-        kept as f64 * F32 * elements + working
+        // S and G; of a group of chunks the weights and the updates.
+        layers as f64 * kept + 2.0 * F32 * elements + 2.0 * at_once * BF16 * elements
     }
 
     /// Sums of updates as a rank sends them, and as it receives and adds them.
