@@ -128,18 +128,20 @@ mod tests {
         // x, q k v, these before their norms, output, x, gate and up; log-sum-exp.
         let plain = 2 * (64 + 128 + 128 + 64 + 64 + 256) + 4 * 4;
         assert_eq!(bytes(&fused, 0), plain);
-        // Z, V, and what V is projected from.
-        assert_eq!(bytes(&fused, 1), plain + 2 * (128 + 64 + 64));
+        // Z and V; what V is projected from is made again, unless no convolution makes it.
+        assert_eq!(bytes(&fused, 1), plain + 2 * (128 + 64));
+        let next = ["run.device=cuda", "model.ttt.target=next_token"];
+        assert_eq!(bytes(&next, 1), plain + 2 * (128 + 64 + 64));
         let unprojected = ["run.device=cuda", "model.ttt.projection=false"];
         assert_eq!(bytes(&unprojected, 1), plain + 2 * (128 + 64));
         // Targets from the MLP's input: its norm is kept.
         let hidden = ["run.device=cuda", "model.ttt.target=hidden"];
-        assert_eq!(bytes(&hidden, 1), plain + 2 * (128 + 64 + 64 + 64));
+        assert_eq!(bytes(&hidden, 1), plain + 2 * (128 + 64 + 64));
 
         // x, its norm, q k v, q k before their norms, output, x, its norm, gate and up, Z.
         let reference = 64 + 64 + 128 + 96 + 64 + 64 + 64 + 256 + 128;
         assert_eq!(bytes(&[], 0), 4 * reference + 4 * 4);
-        assert_eq!(bytes(&[], 1), 4 * (reference + 64 + 64) + 4 * 4);
+        assert_eq!(bytes(&[], 1), 4 * (reference + 64) + 4 * 4);
         let wide = ["run.device=cuda", "train.compute=f32"];
         assert_eq!(bytes(&wide, 0), bytes(&[], 0));
         let llama = ["model.model_type=llama"];
