@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::Device;
-use rustix::process::{Signal as ToSend, getpid, kill_process};
+use rustix::process;
 use ttt_parallel::tcp::{Meeting, Tcp, Watch, connect};
 use ttt_parallel::{CommError, Declared, Mesh, Place, ProcessGroup, SingleRank, Votes};
 
@@ -214,8 +214,10 @@ fn end_with(watch: Watch, rank: usize, size: usize) {
 fn leave() -> ! {
     std::thread::spawn(|| {
         std::thread::sleep(GRACE);
-        let killed = kill_process(getpid(), ToSend::KILL);
-        eprintln!("error: cannot end this process: {killed:?}");
+        let own = process::getpid();
+        if let Err(error) = process::kill_process(own, process::Signal::KILL) {
+            eprintln!("error: cannot end this process: {error}; kill {own:?} by hand");
+        }
     });
     std::process::exit(FAILED)
 }

@@ -258,7 +258,7 @@ fn train_on(
         let sent = ledger.take();
         if first && ranks.count() > 1 {
             let compared = Comparison::new(&sent, config, mesh.layout, mesh.context.rank());
-            report.progress.note(&format!(
+            report.note(&format!(
                 "bytes that this rank sent in step {step}, and those planned for rows of one document each\
                  {compared}"
             ));

@@ -268,6 +268,15 @@ pub fn square_sum(grad: &[Part]) -> Option<Tensor<1>> {
 mod tests {
     use super::*;
 
+    fn stretch(begin: usize, count: usize, at: u64, dtype: DType) -> Stretch {
+        Stretch {
+            begin,
+            count,
+            at,
+            dtype,
+        }
+    }
+
     #[test]
     fn only_parts_of_one_precision_are_read_together() {
         use DType::{BF16, F32};
@@ -280,12 +289,6 @@ mod tests {
             (12, 4096, F32),
             (4, 4160, F32),
         ];
-        let stretch = |begin, count, at, dtype| Stretch {
-            begin,
-            count,
-            at,
-            dtype,
-        };
         let expected = [
             stretch(0, 24, 1024, BF16),
             stretch(24, 4, 1072, F32),
@@ -295,14 +298,9 @@ mod tests {
         ];
         assert_eq!(stretches(&parts), expected);
     }
+
     #[test]
     fn a_launch_reads_its_parts_and_the_end_of_the_last() {
-        let stretch = |begin, count, at, dtype| Stretch {
-            begin,
-            count,
-            at,
-            dtype,
-        };
         let table = Table(vec![
             stretch(8, 4, 256, DType::F32),
             stretch(12, 5, 512, DType::BF16),

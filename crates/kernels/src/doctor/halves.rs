@@ -253,6 +253,42 @@ fn composed(y: Tensor<1>) -> Tensor<1> {
     }
 }
 
+/// What makes Z.
+struct Gate {
+    norm: Tensor<1>,
+    gate: Tensor<2>,
+    up: Tensor<2>,
+}
+
+impl Gate {
+    /// Of the norm's gain `[D]` and two matrices `[F, D]`, end to end.
+    fn new(norm: &Tensor<1>, matrices: [Tensor<1>; 2]) -> Self {
+        let width = norm.dims()[0];
+        let [gate, up] = matrices.map(|flat| {
+            let inner = flat.dims()[0] / width;
+            flat.reshape([inner, width])
+        });
+        let norm = norm.clone();
+        Self { norm, gate, up }
+    }
+
+    fn weights(&self) -> GateWeights<'_> {
+        GateWeights {
+            norm: &self.norm,
+            gate: &self.gate,
+            up: &self.up,
+            eps: EPS,
+        }
+    }
+
+    /// Z of single operations: x `[B, N, D]` → `[B, N, F]`.
+    fn z(&self, x: &Tensor<3>) -> Tensor<3> {
+        let normed = rms_norm(x.clone(), self.norm.clone(), EPS);
+        let gate = linear(normed.clone(), self.gate.clone());
+        swiglu(gate, linear(normed, self.up.clone()))
+    }
+}
+
 fn mlp(batch: usize, tokens: usize, width: usize, inner: usize, joined: bool) -> Op {
     let name = format!("MLP half, {batch}×{tokens}×{width}, {inner}");
     let scale = (width as f64).powf(-0.5);
@@ -267,30 +303,16 @@ fn mlp(batch: usize, tokens: usize, width: usize, inner: usize, joined: bool) ->
     }
     op(&name, &inputs, CHAIN, move |x| {
         let down: Tensor<2> = x[2].clone().reshape([width, inner]);
-        let matrix = |i: usize| -> Tensor<2> {
-            let part = inner * width;
-            let flat = match joined {
-                true => x[3].clone().narrow(0, i * part, part),
-                false => x[3 + i].clone(),
-            };
-            flat.reshape([inner, width])
+        let matrix = |i: usize| match joined {
+            true => x[3].clone().narrow(0, i * inner * width, inner * width),
+            false => x[3 + i].clone(),
         };
-        let (gate, up) = (matrix(0), matrix(1));
-        let weights = GateWeights {
-            norm: &x[1],
-            gate: &gate,
-            up: &up,
-            eps: EPS,
-        };
+        let gate = Gate::new(&x[1], [0, 1].map(matrix));
         let t: Tensor<3> = x[0].clone().reshape([batch, tokens, width]);
-        if let Some(y) = mlp_sublayer(&t, &weights, &down) {
+        if let Some(y) = mlp_sublayer(&t, &gate.weights(), &down) {
             return flat(y);
         }
-        let normed = rms_norm(t.clone(), x[1].clone(), EPS);
-        let z = swiglu(
-            linear(normed.clone(), gate.clone()),
-            linear(normed, up.clone()),
-        );
+        let z = gate.z(&t);
         composed(flat(t + linear(z, down)))
     })
 }
@@ -309,14 +331,7 @@ fn learning(name: &str, packing: Packing, chunk: usize, [width, inner]: [usize; 
         (width * inner, 0.3),
     ];
     op(&name, &inputs, CHAIN, move |x| {
-        let [gate, up] =
-            [2, 3].map(|i: usize| -> Tensor<2> { x[i].clone().reshape([inner, width]) });
-        let weights = GateWeights {
-            norm: &x[1],
-            gate: &gate,
-            up: &up,
-            eps: EPS,
-        };
+        let gate = Gate::new(&x[1], [x[2].clone(), x[3].clone()]);
         let rows = |i: usize| -> Tensor<3> { x[i].clone().reshape([batch, tokens, width]) };
         let (t, v) = (rows(0), rows(4));
         // As in training: W0 in f32.
@@ -328,11 +343,10 @@ fn learning(name: &str, packing: Packing, chunk: usize, [width, inner]: [usize; 
             packing: packing.clone(),
             context: None,
         };
-        if let Some(scan) = ttt_sublayer(&t, &weights, || v.clone(), &w0, &spec) {
+        if let Some(scan) = ttt_sublayer(&t, &gate.weights(), || v.clone(), &w0, &spec) {
             return flat(scan.output);
         }
-        let normed = rms_norm(t.clone(), x[1].clone(), EPS);
-        let z = swiglu(linear(normed.clone(), gate), linear(normed, up));
+        let z = gate.z(&t);
         composed(flat(t + fast_weight_scan(z, v, w0, spec).output))
     })
 }
@@ -347,22 +361,11 @@ fn gate(batch: usize, tokens: usize, width: usize, inner: usize) -> Op {
         (inner * width, scale),
     ];
     op(&name, &inputs, CHAIN, move |x| {
-        let [gate, up] =
-            [2, 3].map(|i: usize| -> Tensor<2> { x[i].clone().reshape([inner, width]) });
-        let weights = GateWeights {
-            norm: &x[1],
-            gate: &gate,
-            up: &up,
-            eps: EPS,
-        };
+        let gate = Gate::new(&x[1], [x[2].clone(), x[3].clone()]);
         let t: Tensor<3> = x[0].clone().reshape([batch, tokens, width]);
-        if let Some(z) = gated(&t, &weights) {
+        if let Some(z) = gated(&t, &gate.weights()) {
             return flat(z);
         }
-        let normed = rms_norm(t, x[1].clone(), EPS);
-        composed(flat(swiglu(
-            linear(normed.clone(), gate.clone()),
-            linear(normed, up.clone()),
-        )))
+        composed(flat(gate.z(&t)))
     })
 }
