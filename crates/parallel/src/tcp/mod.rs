@@ -85,6 +85,12 @@ enum Letter {
     Bye,
 }
 
+impl Letter {
+    fn failed(reason: &str) -> Self {
+        Self::Failed(reason.chars().take(4096).collect())
+    }
+}
+
 /// Meets the other ranks and connects to all of them.
 ///
 /// # Errors
@@ -309,7 +315,7 @@ impl Tcp {
             Some(cause) => cause,
             None => format!("rank {} failed: {reason}", self.rank),
         };
-        self.part(|| Letter::Failed(reason.chars().take(4096).collect()));
+        self.part(|| Letter::failed(&reason));
         // Whatever of this process still waits ends too.
         self.shared.mailbox.fail(reason);
     }
@@ -336,7 +342,11 @@ impl Drop for Tcp {
             return self.fail("it panicked");
         }
         self.shared.mailbox.close();
-        self.part(|| Letter::Bye);
+        // Who ends because of another's failure passes that on: it may come before the other's own word.
+        match self.failure() {
+            Some(cause) => self.part(|| Letter::failed(&cause)),
+            None => self.part(|| Letter::Bye),
+        }
     }
 }
 
