@@ -42,9 +42,9 @@ pub struct BenchArgs {
     /// Of the table: leave out the single operations.
     #[arg(long)]
     pub no_micro: bool,
-    /// Where the time of one training step goes, operation by operation [default: that of the 500m
-    /// preset at 1 x 32768].
-    #[arg(long, group = "program", conflicts_with_all = ["suite", "mode"])]
+    /// Where the time of one training step goes, operation by operation, or with `--mode prefill` of one
+    /// forward pass [default: that of the 500m preset at 1 x 32768, 1 x 8192].
+    #[arg(long, group = "program", conflicts_with = "suite")]
     pub profile: bool,
     /// Train for so many steps and fail if memory grows [default model: 500m at 1 x 4096].
     #[arg(long, group = "program", value_name = "STEPS", conflicts_with_all = ["suite", "mode"],

@@ -71,6 +71,13 @@ pub trait Function<const N: usize>: Debug + Send + Sized + 'static {
     /// The result and what to keep. The inputs are not tracked.
     fn forward(&self, inputs: [Value; N]) -> Forward<Self::Saved>;
 
+    /// [`Function::forward`] where nothing is tracked: the output and the further ones. For a form that has
+    /// less to write where there is no backward pass.
+    fn forward_only(&self, inputs: [Value; N]) -> (Value, Vec<Value>) {
+        let done = self.forward(inputs);
+        (done.output, done.extra)
+    }
+
     /// The gradient with respect to each input, given that of the output.
     /// An input whose `wanted` is false needs none.
     fn backward(self, saved: Self::Saved, grad: Value, wanted: [bool; N]) -> [Option<Value>; N];
@@ -90,8 +97,7 @@ pub fn apply_with_extra<F: Function<N>, const N: usize>(
     inputs: [Value; N],
 ) -> (Value, Vec<Value>) {
     if !inputs.iter().any(Value::is_autodiff) {
-        let done = function.forward(inputs);
-        return (done.output, done.extra);
+        return function.forward_only(inputs);
     }
     // An untracked input takes part as a constant.
     let inputs = inputs.map(|v| match v.is_autodiff() {

@@ -34,7 +34,13 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
         ..defaults(args)
     };
     if args.profile {
-        return profile::profile(&one(32_768), &device);
+        return match args.mode {
+            Mode::Micro => {
+                bail!("a profile is of a training step or, with --mode prefill, of a forward pass")
+            }
+            Mode::Prefill => prefill::profile(&one(8192), &device),
+            Mode::Train => profile::of_training(&one(32_768), &device),
+        };
     }
     if let Some(steps) = args.soak {
         return soak::soak(&one(4096), steps, &device);

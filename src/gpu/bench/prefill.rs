@@ -10,8 +10,10 @@ use ttt_kernels::clock::{Clock, median};
 use ttt_kernels::dtype::cast;
 use ttt_kernels::memory;
 use ttt_model::{Batch, Block, Embedding, Head, ModelConfig, Params, Unit};
+use ttt_train::config::Config;
 use ttt_train::device;
 use ttt_train::init::initial_values_of;
+use ttt_train::units::FlatLayout;
 
 use super::run::{Run, gib, join, round};
 use super::training::random_rows;
@@ -27,19 +29,27 @@ struct Reader {
     batch: Batch,
 }
 
-/// The parameters of `unit` as the model computes with them, at a new run's initial values.
+/// The parameters of `unit` as the model computes with them, at a new run's initial values, cut from one
+/// buffer of each precision as those of a trained model are.
 fn params(config: &ModelConfig, unit: Unit, compute: DType, device: &Device) -> Params {
-    let specs = unit.params(config);
-    let values = initial_values_of(&specs, 1).into_iter().zip(&specs);
-    let flat = values.map(|(values, spec)| {
-        let data = TensorData::new(values, [spec.len()]);
-        let value = Tensor::<1>::from_data(data, (device, DType::F32));
-        match spec.master_precision {
-            true => value,
-            false => cast(value, compute),
+    let specs = FlatLayout::new(config, unit, 1).specs;
+    let values = initial_values_of(&specs, 1);
+    let mut flat = Vec::with_capacity(specs.len());
+    let wide = specs.iter().filter(|spec| spec.master_precision).count();
+    for (params, dtype) in [(0..wide, DType::F32), (wide..specs.len(), compute)] {
+        if params.is_empty() {
+            continue;
         }
-    });
-    let flat = flat.collect();
+        let all = values[params.clone()].concat();
+        let count = all.len();
+        let data = TensorData::new(all, [count]);
+        let all = cast(Tensor::<1>::from_data(data, (device, DType::F32)), dtype);
+        let mut end = 0;
+        flat.extend(specs[params].iter().map(|spec| {
+            end += spec.len();
+            all.clone().slice([end - spec.len()..end])
+        }));
+    }
     Params::new(specs, flat)
 }
 
@@ -77,10 +87,9 @@ impl Reader {
     }
 }
 
-/// The line of `run`.
-pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
+/// A model of `run` and a prompt for it.
+fn prepared(run: &Run, device: &Device) -> anyhow::Result<(Config, Reader, Tensor<2, Int>)> {
     let config = run.config()?;
-    let begun = Instant::now();
     let reader = Reader::new(run, config.model.clone(), device);
     let rows = random_rows(run, config.model.vocab_size, 1);
     let ids: Vec<i32> = rows
@@ -89,6 +98,20 @@ pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
         .collect();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [run.batch, run.seq]), device);
     device.sync().context("the device failed")?;
+    Ok((config, reader, ids))
+}
+
+/// Prints the operations of one forward pass of `run`, the longest first.
+pub fn profile(run: &Run, device: &Device) -> anyhow::Result<()> {
+    let (_, reader, ids) = prepared(run, device)?;
+    let logits = super::profile::profile(run, Mode::Prefill, device, || Ok(reader.read(&ids)))?;
+    check(&logits)
+}
+
+/// The line of `run`.
+pub fn measure(run: &Run, device: &Device) -> anyhow::Result<Value> {
+    let begun = Instant::now();
+    let (config, reader, ids) = prepared(run, device)?;
     let init_s = begun.elapsed().as_secs_f64();
 
     let first = Instant::now();

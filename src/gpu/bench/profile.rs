@@ -15,37 +15,48 @@ use super::training::{Trainer, random_rows};
 use crate::gpu::args::Mode;
 
 /// Prints the operations of one training step of `run`, the longest first.
-pub fn profile(run: &Run, device: &Device) -> anyhow::Result<()> {
+pub fn of_training(run: &Run, device: &Device) -> anyhow::Result<()> {
     let mut trainer = Trainer::new(run, 1, device)?;
     let rows = random_rows(run, trainer.config.model.vocab_size, 1);
     let micro = MicroBatch::new(&rows, &Mesh::single(), device)?;
+    let loss = profile(run, Mode::Train, device, || trainer.step(&micro))?;
+    let loss = ttt_train::device::read_scalar(&loss).context("the profiled step")?;
+    anyhow::ensure!(loss.is_finite(), "the loss of the profiled step is {loss}");
+    Ok(())
+}
+
+/// Prints the operations of one `pass` of `run`, and returns that pass's result.
+pub fn profile<T>(
+    run: &Run,
+    mode: Mode,
+    device: &Device,
+    mut pass: impl FnMut() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     for _ in 0..run.warmup {
-        trainer.step(&micro)?;
+        pass()?;
     }
-    // The undisturbed step, to which everything is compared.
+    // The undisturbed pass, to which everything is compared.
     let failed = |error: String| anyhow!("the device failed: {error}");
     let mut clock = Clock::new(device);
     clock.mark().map_err(failed)?;
     for _ in 0..run.steps {
-        trainer.step(&micro)?;
+        pass()?;
         clock.mark().map_err(failed)?;
     }
     let whole = median(&clock.read().map_err(failed)?);
 
-    let Some(recorded) = record(device, || trainer.step(&micro)) else {
+    let Some(recorded) = record(device, pass) else {
         bail!("a profile needs a GPU: it is made of CUDA events");
     };
     let (done, operations) = recorded.map_err(failed)?;
-    let loss = ttt_train::device::read_scalar(&done?).context("the profiled step")?;
-    anyhow::ensure!(loss.is_finite(), "the loss of the profiled step is {loss}");
-
+    let done = done?;
     let limits = Limits {
         flops: peak_flops(run.device),
         bytes_per_s: doctor::bandwidth(),
     };
-    println!("{}: {whole:.3} ms per step", run.name(Mode::Train));
+    println!("{}: {whole:.3} ms per step", run.name(mode));
     print!("{}", table(&by_name(&operations), whole, &limits));
-    Ok(())
+    Ok(done)
 }
 
 /// What the GPU can do at most.

@@ -34,6 +34,12 @@ pub fn learned_fits(pieces: &[usize], d: usize, f: usize) -> bool {
         && f.is_multiple_of(TILE)
 }
 
+/// Whether [`Context::gated_product`] has a kernel for these sizes, as far as the host knows: once one of
+/// these kernels has run.
+pub fn gated_fits(d: usize, f: usize) -> bool {
+    RAN.load(Ordering::Relaxed) && d.is_multiple_of(DEPTH) && f.is_multiple_of(TILE)
+}
+
 /// Threads of a block: a warpgroup that loads, two that multiply.
 const THREADS: u32 = 384;
 
@@ -83,8 +89,8 @@ fn fits(cx: &mut Context, matrices: &[&Matrix], outputs: &[u64], k: usize, f: us
 }
 
 impl Context<'_> {
-    /// gate and up side by side `[T, 2F]` into `pair` and `Z = silu(gate) ∘ up` `[T, F]` into `z`, with
-    /// gate = x `gate`ᵀ and up = x `up`ᵀ: x `[T, D]`, gate, up `[F, D]`. Returns whether there is a kernel
+    /// gate and up side by side `[T, 2F]` into `pair`, unless that is 0, and `Z = silu(gate) ∘ up` `[T, F]`
+    /// into `z`, with gate = x `gate`ᵀ and up = x `up`ᵀ: x `[T, D]`, gate, up `[F, D]`. Returns whether there is a kernel
     /// for them; else nothing was done.
     pub fn gated_product(
         &mut self,

@@ -134,7 +134,7 @@ __device__ __forceinline__ void load_box_for_both(u32 to, const TensorMap *map, 
 enum { GATED = 0, GATED_BACKWARD = 1, LEARNED_BACKWARD = 2 };
 
 // GATED. B: two matrices [F, K] row-major, N = 2 F; a tile holds 64 columns of each. out0 ← gate and up
-//   side by side [M, 2F], out1 ← Z = silu(gate) ∘ up [M, F].
+//   side by side [M, 2F] unless it is null, out1 ← Z = silu(gate) ∘ up [M, F].
 // GATED_BACKWARD. B: [K, F] row-major, C = dZ, N = F. in: gate and up side by side; out0 ← their gradients,
 //   out1 ← Z.
 // LEARNED_BACKWARD. Two products into the same sums, each of half of K: C = A B + A' B', where each `piece`
@@ -264,8 +264,10 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
 #pragma unroll
                         for (int j = 0; j < 8; j++) z.v[j] = gate.v[j] * sigmoid(gate.v[j]) * up.v[j];
                         if (in_range) {
-                            *(uint4 *)(out0 + l * 2 * f + c) = x;
-                            *(uint4 *)(out0 + l * 2 * f + f + c) = y;
+                            if (out0) {
+                                *(uint4 *)(out0 + l * 2 * f + c) = x;
+                                *(uint4 *)(out0 + l * 2 * f + f + c) = y;
+                            }
                             store8(out1 + l * f + c, z);
                         }
                     }

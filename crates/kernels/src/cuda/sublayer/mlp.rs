@@ -4,6 +4,7 @@ use burn::tensor::{DType, Tensor};
 
 use super::stacked::{Stacked, split, weight_gradient};
 use crate::cuda::gemm::Matrix;
+use crate::cuda::hopper::gated_fits;
 use crate::cuda::norm::{BackwardAt, Norm};
 use crate::cuda::stream::{Arg, Buffer, Context, on_stream};
 use crate::function::{Forward, Function, Value, apply};
@@ -85,7 +86,8 @@ impl Inputs {
         Stacked::new(&from[2..4], &[self.f; 2], self.norm.width)
     }
 
-    /// Gate and up side by side `[T, 2F]`, and Z `[T, F]`; `n` is scratch `[T, D]`.
+    /// Gate and up side by side `[T, 2F]`, and Z `[T, F]`; `n` is scratch `[T, D]`. `pair` may be 0 where
+    /// [`gated_fits`].
     fn forward(
         &self,
         cx: &mut Context,
@@ -98,6 +100,9 @@ impl Inputs {
         if cx.gated_product(n, (matrix(from[2]), matrix(from[3])), (pair, z))? {
             return Ok(());
         }
+        if pair == 0 {
+            return Err("a product with SwiGLU was taken before and is not there now".into());
+        }
         self.weights(from).forward(cx, n, &[(both, 0)])?;
         let vectors = (self.norm.rows * self.f / 8) as u64;
         let args = [
@@ -109,17 +114,60 @@ impl Inputs {
         cx.launch_over("swiglu_pair_forward", vectors, &args)
     }
 
+    fn pair(&self) -> Buffer {
+        self.x.empty([self.norm.rows, 2 * self.f], DType::BF16)
+    }
+
+    /// Memory for gate and up where there is no backward pass: none if they never leave the product.
+    fn pair_to_pass(&self) -> Option<Buffer> {
+        let inside = gated_fits(self.norm.width, self.f);
+        (!inside).then(|| self.pair())
+    }
+
     /// Gate and up side by side, and Z `[B, N, F]`.
     pub fn pair_and_z(&self) -> (Buffer, Tensor<3>) {
+        let pair = self.pair();
+        let z = self.z(Some(&pair));
+        (pair, z)
+    }
+
+    /// Z `[B, N, F]` alone.
+    pub fn only_z(&self) -> Tensor<3> {
+        self.z(self.pair_to_pass().as_ref())
+    }
+
+    fn z(&self, pair: Option<&Buffer>) -> Tensor<3> {
         let (t, d) = (self.norm.rows, self.norm.width);
         let [batch, tokens] = [self.x.dims()[0], self.x.dims()[1]];
         let n = self.x.empty([t, d], DType::BF16);
-        let pair = self.x.empty([t, 2 * self.f], DType::BF16);
         let z = self.x.empty([batch, tokens, self.f], DType::BF16);
-        on_stream(&self.reads(), &[&n, &pair, &z], |cx, from, to| {
-            self.forward(cx, from, (to[0], to[1], to[2]))
+        let mut writes = vec![&n, &z];
+        writes.extend(pair);
+        on_stream(&self.reads(), &writes, |cx, from, to| {
+            let pair = to.get(2).copied().unwrap_or(0);
+            self.forward(cx, from, (to[0], pair, to[1]))
         });
-        (pair, z.tensor())
+        z.tensor()
+    }
+
+    /// x + Z W_downᵀ.
+    fn through_down(&self, down: &Buffer, pair: Option<&Buffer>) -> Tensor<3> {
+        let (t, d) = (self.norm.rows, self.norm.width);
+        let y = self.x.empty(self.x.dims(), DType::BF16);
+        let n = self.x.empty([t, d], DType::BF16);
+        let z = self.x.empty([t, self.f], DType::BF16);
+        let mut reads = self.reads();
+        reads.push(down);
+        let mut writes = vec![&y, &n, &z];
+        writes.extend(pair);
+        on_stream(&reads, &writes, |cx, from, to| {
+            let pair = to.get(3).copied().unwrap_or(0);
+            self.forward(cx, from, (to[1], pair, to[2]))?;
+            let w = Matrix::new(from[4], d, self.f, DType::BF16);
+            let (z, y) = (self.bf16(to[2], self.f), self.bf16(to[0], d));
+            cx.gemm_onto(z, w.t(), y, from[0], 1.0, 1.0)
+        });
+        y.tensor()
     }
 
     /// From dZ in `at.dz` to the gradients of x, gain, and of gate and up one below the other.
@@ -272,6 +320,11 @@ impl Function<4> for Gated {
         }
     }
 
+    fn forward_only(&self, inputs: [Value; 4]) -> (Value, Vec<Value>) {
+        let z = Inputs::new(inputs, self.eps).only_z();
+        (z.into(), vec![])
+    }
+
     fn backward(self, (inputs, pair): Self::Saved, dz: Value, _: [bool; 4]) -> [Option<Value>; 4] {
         let i = Inputs::new(inputs, self.eps);
         let dz = gradient(dz);
@@ -297,24 +350,18 @@ impl Function<5> for Mlp {
 
     fn forward(&self, inputs: [Value; 5]) -> Forward<Self::Saved> {
         let (i, down) = with_down(inputs.clone(), self.eps);
-        let (t, d) = (i.norm.rows, i.norm.width);
-        let y = i.x.empty(i.x.dims(), DType::BF16);
-        let n = i.x.empty([t, d], DType::BF16);
-        let pair = i.x.empty([t, 2 * i.f], DType::BF16);
-        let z = i.x.empty([t, i.f], DType::BF16);
-        let mut reads = i.reads();
-        reads.push(&down);
-        on_stream(&reads, &[&y, &n, &pair, &z], |cx, from, to| {
-            i.forward(cx, from, (to[1], to[2], to[3]))?;
-            let w = Matrix::new(from[4], d, i.f, DType::BF16);
-            let (z, y) = (i.bf16(to[3], i.f), i.bf16(to[0], d));
-            cx.gemm_onto(z, w.t(), y, from[0], 1.0, 1.0)
-        });
+        let pair = i.pair();
         Forward {
-            output: y.tensor::<3>().into(),
+            output: i.through_down(&down, Some(&pair)).into(),
             extra: vec![],
             saved: (inputs, pair),
         }
+    }
+
+    fn forward_only(&self, inputs: [Value; 5]) -> (Value, Vec<Value>) {
+        let (i, down) = with_down(inputs, self.eps);
+        let y = i.through_down(&down, i.pair_to_pass().as_ref());
+        (y.into(), vec![])
     }
 
     fn backward(self, (inputs, pair): Self::Saved, dy: Value, _: [bool; 5]) -> [Option<Value>; 5] {

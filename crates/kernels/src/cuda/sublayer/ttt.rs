@@ -68,6 +68,13 @@ impl Function<6> for Learning {
         }
     }
 
+    fn forward_only(&self, [x, gain, gate, up, v, w0]: [Value; 6]) -> (Value, Vec<Value>) {
+        let z = Inputs::new([x.clone(), gain, gate, up], self.eps).only_z();
+        let x: Tensor<3> = x.tensor();
+        let (output, norm, _) = self.scan.run(z, v.tensor(), w0.tensor(), Some(&x));
+        (output.into(), vec![norm.into()])
+    }
+
     fn backward(
         self,
         (inputs, pair, saved): Self::Saved,
