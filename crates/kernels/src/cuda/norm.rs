@@ -196,6 +196,10 @@ pub(super) fn sum_partials(
         Arg::Int(groups as i32),
         Arg::Int(columns as i32),
     ];
+    // A warp serves 32 columns; of fewer, most of its lanes would have nothing to add.
+    if columns < 16 {
+        return cx.launch("sum_few_partials", (columns as u32, 1, 1), 1024, &args);
+    }
     let blocks = columns.div_ceil(32) as u32;
     cx.launch("sum_partials", (blocks, 1, 1), 256, &args)
 }

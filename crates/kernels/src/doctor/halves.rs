@@ -60,6 +60,15 @@ pub fn all() -> Vec<Op> {
             ..causal.clone()
         }
         .attention("normed heads"),
+        // Two warps to a row, the second with an odd number of steps.
+        Half {
+            qk_norm: true,
+            heads: 18,
+            groups: 6,
+            size: 128,
+            ..causal.clone()
+        }
+        .attention("normed heads, 30 to a row"),
         Half {
             qk_norm: true,
             packing: Some(packing),

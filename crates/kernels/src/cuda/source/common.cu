@@ -129,3 +129,12 @@ extern "C" __global__ void sum_partials(float *out, const float *partial, int gr
         out[c] = total;
     }
 }
+
+// The same of few columns, each by a block of its own.
+extern "C" __global__ void sum_few_partials(float *out, const float *partial, int groups, int columns) {
+    __shared__ float shared[32];
+    float s = 0.f;
+    for (int g = threadIdx.x; g < groups; g += blockDim.x) s += partial[(u64)g * columns + blockIdx.x];
+    s = block_sum(s, shared);
+    if (threadIdx.x == 0) out[blockIdx.x] = s;
+}

@@ -3,68 +3,104 @@
 // E/8 lanes, a power of two, share a head, eight elements each; the other half of a rotated pair is
 // E/16 lanes away. qkv, raw, dqkv: [rows, (H + 2 G) E] bf16; cosine, sine: [N, E/2] f32.
 
-struct HeadAt {
-    u64 at;      // of this lane's eight elements
-    u64 table;   // of their angles
-    int kind;    // 0 query, 1 key, 2 value
-    bool low;    // whether this lane holds the first of each pair
+// A warp takes a row's heads in turn, 32 / lanes at once: the angles of the row and the gains stay in
+// registers, and nothing is divided for a head. Warps share the rows of more than HEAD_STEPS times as many.
+#define HEAD_STEPS 8
+#define AHEAD 2 // steps whose loads are issued together
+
+struct Row {
+    int heads, groups, size, lanes;
+    int split;
+    u64 rows, row;
+    int first, end; // steps of this warp
+    F8 cosine, sine;
+    bool low;  // whether this lane holds the first of each pair
+
+    // Where this lane's eight elements of head `head` are.
+    __device__ __forceinline__ u64 at(int head) const {
+        const int all = heads + 2 * groups, lane = threadIdx.x % lanes;
+        u64 place = row * all + head;
+        if (split) place = head < heads ? row * heads + head : rows * (head < heads + groups ? heads : heads + groups) + row * groups + (head < heads + groups ? head - heads : head - heads - groups);
+        return place * size + 8 * lane;
+    }
+
+    // The head that this lane works on in a step.
+    __device__ __forceinline__ int head(int step) const {
+        return step * (32 / lanes) + threadIdx.x % 32 / lanes;
+    }
+
+    // Its eight elements of that step's head among the first `count`; else of head 0, which nobody uses.
+    __device__ __forceinline__ uint4 load(const u16 *from, int step, int count) const {
+        const int head = this->head(step);
+        return *(const uint4 *)(from + at(head < count ? head : 0));
+    }
+
+    // sign 1: the rotation; −1: its transpose.
+    __device__ __forceinline__ F8 rotated(const F8 &x, float sign) const {
+        F8 r;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float other = __shfl_xor_sync(~0u, x.v[j], lanes / 2);
+            r.v[j] = x.v[j] * cosine.v[j] + (low ? -sign : sign) * sine.v[j] * other;
+        }
+        return r;
+    }
+
+    __device__ __forceinline__ float sum(float x) const {
+        for (int d = lanes / 2; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
+        return x;
+    }
 };
 
-__device__ __forceinline__ HeadAt head_at(u64 vector, u64 rows, int split, int tokens, int heads, int groups, int size) {
-    const int lanes = size / 8, all = heads + 2 * groups;
-    const int lane = (int)(vector % lanes);
-    const u64 index = vector / lanes, row = index / all;
-    const int head = (int)(index % all);
-    HeadAt r;
-    r.kind = head < heads ? 0 : head < heads + groups ? 1 : 2;
-    u64 place = index;
-    if (split) place = r.kind == 0 ? row * heads + head : rows * (heads + (r.kind - 1) * groups) + row * groups + (head - heads) % groups;
-    r.at = place * size + 8 * lane;
-    r.low = lane < lanes / 2;
-    r.table = row % tokens * (size / 2) + 8 * (lane % (lanes / 2));
+// Part `unit` of all the rows' parts.
+__device__ __forceinline__ Row row_of(u64 unit, u64 rows, int split, int tokens, int heads, int groups, int size, const float *cosine, const float *sine) {
+    Row r;
+    r.heads = heads, r.groups = groups, r.size = size, r.lanes = size / 8, r.split = split, r.rows = rows;
+    const int steps = ((heads + 2 * groups) * r.lanes + 31) / 32, parts = (steps + HEAD_STEPS - 1) / HEAD_STEPS;
+    r.row = unit / parts;
+    r.first = (int)(unit % parts) * HEAD_STEPS, r.end = min(r.first + HEAD_STEPS, steps);
+    const int lane = threadIdx.x % r.lanes;
+    const u64 table = r.row % tokens * (size / 2) + 8 * (lane % (r.lanes / 2));
+    r.cosine = load8(cosine + table), r.sine = load8(sine + table);
+    r.low = lane < r.lanes / 2;
     return r;
 }
 
-__device__ __forceinline__ float lanes_sum(float x, int lanes) {
-    for (int d = lanes / 2; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
-    return x;
+__device__ __forceinline__ u64 units_of(u64 rows, int all, int lanes) {
+    const int steps = (all * lanes + 31) / 32;
+    return rows * ((steps + HEAD_STEPS - 1) / HEAD_STEPS);
 }
-
-// sign 1: the rotation; −1: its transpose.
-__device__ __forceinline__ F8 rotated(const F8 &x, const HeadAt &h, const float *cosine, const float *sine, float sign, int lanes) {
-    const F8 c = load8(cosine + h.table), s = load8(sine + h.table);
-    F8 r;
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const float other = __shfl_xor_sync(~0u, x.v[j], lanes / 2);
-        r.v[j] = x.v[j] * c.v[j] + (h.low ? -sign : sign) * s.v[j] * other;
-    }
-    return r;
-}
-
-// A grid-stride loop whose warps stay whole: the shuffles need every lane.
-#define FOR_HEADS(vector, vectors)                                                         \
-    const u64 stride_ = (u64)gridDim.x * blockDim.x;                                       \
-    for (u64 vector = (u64)blockIdx.x * blockDim.x + threadIdx.x; vector - threadIdx.x % 32 < vectors; vector += stride_)
 
 extern "C" __global__ void head_norm_rope(u16 *qkv, const u16 *raw, const void *q_gain, const void *k_gain, int gain_f32, const float *cosine, const float *sine, u64 rows, int split, int tokens, int heads, int groups, int size, float eps) {
-    const int lanes = size / 8;
-    const u64 vectors = rows * (heads + 2 * groups) * lanes;
-    FOR_HEADS(i, vectors) {
-        const bool in = i < vectors;
-        const HeadAt h = head_at(in ? i : 0, rows, split, tokens, heads, groups, size);
-        const F8 x = load8(raw + h.at);
-        float s = 0.f;
+    const int lanes = size / 8, all = heads + 2 * groups;
+    const u64 own = threadIdx.x % lanes * 8;
+    const F8 of_queries = load8_as(q_gain, own, gain_f32), of_keys = load8_as(k_gain, own, gain_f32);
+    const u64 units = units_of(rows, heads + 2 * groups, lanes), warps = (u64)gridDim.x * (blockDim.x / 32);
+    // The warp stays whole, since the shuffles need every lane.
+    for (u64 unit = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; unit < units; unit += warps) {
+        const Row row = row_of(unit, rows, split, tokens, heads, groups, size, cosine, sine);
+        for (int step = row.first; step < row.end; step += AHEAD) {
+            uint4 loaded[AHEAD];
 #pragma unroll
-        for (int j = 0; j < 8; j++) s += x.v[j] * x.v[j];
-        const float r = rsqrtf(lanes_sum(s, lanes) / size + eps);
-        const F8 gain = load8_as(h.kind == 0 ? q_gain : k_gain, i % lanes * 8, gain_f32);
-        F8 y;
-        // Rounded between norm and rotation, as the separate operations do.
+            for (int i = 0; i < AHEAD; i++) loaded[i] = row.load(raw, step + i, all);
 #pragma unroll
-        for (int j = 0; j < 8; j++) y.v[j] = widen(narrow(x.v[j] * r * gain.v[j]));
-        y = rotated(y, h, cosine, sine, 1.f, lanes);
-        if (in) store8(qkv + h.at, h.kind == 2 ? x : y);
+            for (int i = 0; i < AHEAD; i++) {
+                const int head = row.head(step + i);
+                const F8 x = unpack(loaded[i]);
+                float s = 0.f;
+#pragma unroll
+                for (int j = 0; j < 8; j++) s += x.v[j] * x.v[j];
+                const float r = rsqrtf(row.sum(s) * (1.f / size) + eps);
+                F8 y;
+                // Rounded between norm and rotation, as the separate operations do.
+#pragma unroll
+                for (int j = 0; j < 8; j++) y.v[j] = widen(narrow(x.v[j] * r * (head < heads ? of_queries.v[j] : of_keys.v[j])));
+                y = row.rotated(y, 1.f);
+                if (step + i >= row.end || head >= all) continue;
+                if (head < heads + groups) store8(qkv + row.at(head), y);
+                else *(uint4 *)(qkv + row.at(head)) = loaded[i];
+            }
+        }
     }
 }
 
@@ -73,27 +109,43 @@ extern "C" __global__ void head_norm_rope(u16 *qkv, const u16 *raw, const void *
 extern "C" __global__ void head_norm_rope_backward(u16 *dqkv, float *partial, const u16 *raw, const void *q_gain, const void *k_gain, int gain_f32, const float *cosine, const float *sine, u64 rows, int split, int tokens, int heads, int groups, int size, float eps) {
     __shared__ float sums[8][2][256]; // by warp
     const int lanes = size / 8, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u64 vectors = rows * (heads + 2 * groups) * lanes;
+    const u64 own = threadIdx.x % lanes * 8;
+    const F8 of_queries = load8_as(q_gain, own, gain_f32), of_keys = load8_as(k_gain, own, gain_f32);
     F8 dq = {}, dk = {};
-    FOR_HEADS(i, vectors) {
-        const bool in = i < vectors;
-        const HeadAt h = head_at(in ? i : 0, rows, split, tokens, heads, groups, size);
-        const F8 x = load8(raw + h.at);
-        F8 g = rotated(load8(dqkv + h.at), h, cosine, sine, -1.f, lanes);
-        const F8 gain = load8_as(h.kind == 0 ? q_gain : k_gain, i % lanes * 8, gain_f32);
-        float s = 0.f, t = 0.f;
+    const u64 units = units_of(rows, heads + 2 * groups, lanes), warps = (u64)gridDim.x * (blockDim.x / 32);
+    // The warp stays whole, since the shuffles need every lane.
+    for (u64 unit = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; unit < units; unit += warps) {
+        const Row row = row_of(unit, rows, split, tokens, heads, groups, size, cosine, sine);
+        // Values pass as they are.
+        const int normed = heads + groups;
+        for (int step = row.first; step < row.end; step += AHEAD) {
+            uint4 of_x[AHEAD], of_g[AHEAD];
 #pragma unroll
-        for (int j = 0; j < 8; j++) s += x.v[j] * x.v[j], t += x.v[j] * g.v[j] * gain.v[j];
-        const float r = rsqrtf(lanes_sum(s, lanes) / size + eps);
-        const float along = r * r * r * lanes_sum(t, lanes) / size;
+            for (int i = 0; i < AHEAD; i++) of_x[i] = row.load(raw, step + i, normed), of_g[i] = row.load(dqkv, step + i, normed);
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float part = in ? g.v[j] * x.v[j] * r : 0.f;
-            if (h.kind == 0) dq.v[j] += part;
-            if (h.kind == 1) dk.v[j] += part;
-            g.v[j] = r * g.v[j] * gain.v[j] - x.v[j] * along;
+            for (int i = 0; i < AHEAD; i++) {
+                const int head = row.head(step + i);
+                const bool in = step + i < row.end && head < normed, query = head < heads;
+                const F8 x = unpack(of_x[i]);
+                F8 g = row.rotated(unpack(of_g[i]), -1.f);
+                float s = 0.f, t = 0.f;
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    s += x.v[j] * x.v[j];
+                    t += x.v[j] * g.v[j] * (query ? of_queries.v[j] : of_keys.v[j]);
+                }
+                const float r = rsqrtf(row.sum(s) * (1.f / size) + eps);
+                const float along = r * r * r * row.sum(t) * (1.f / size);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    const float part = in ? g.v[j] * x.v[j] * r : 0.f;
+                    if (query) dq.v[j] += part;
+                    else dk.v[j] += part;
+                    g.v[j] = r * g.v[j] * (query ? of_queries.v[j] : of_keys.v[j]) - x.v[j] * along;
+                }
+                if (in) store8(dqkv + row.at(head), g);
+            }
         }
-        if (in && h.kind != 2) store8(dqkv + h.at, g);
     }
     // Heads of a warp, then warps of the block, in a fixed order.
 #pragma unroll
