@@ -48,8 +48,12 @@ __device__ __forceinline__ F8 load8(const float *p) {
     return r;
 }
 
+__device__ __forceinline__ uint4 pack8(const F8 &x) {
+    return make_uint4(pack(x.v[0], x.v[1]), pack(x.v[2], x.v[3]), pack(x.v[4], x.v[5]), pack(x.v[6], x.v[7]));
+}
+
 __device__ __forceinline__ void store8(u16 *p, const F8 &x) {
-    *(uint4 *)p = make_uint4(pack(x.v[0], x.v[1]), pack(x.v[2], x.v[3]), pack(x.v[4], x.v[5]), pack(x.v[6], x.v[7]));
+    *(uint4 *)p = pack8(x);
 }
 
 __device__ __forceinline__ void store8(float *p, const F8 &x) {

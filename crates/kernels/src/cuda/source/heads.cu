@@ -6,7 +6,9 @@
 // A warp takes a row's heads in turn, 32 / lanes at once: the angles of the row and the gains stay in
 // registers, and nothing is divided for a head. Warps share the rows of more than HEAD_STEPS times as many.
 #define HEAD_STEPS 8
-#define AHEAD 2 // steps whose loads are issued together
+// Steps whose loads are issued together, as registers allow.
+#define FORWARD_AHEAD 4
+#define BACKWARD_AHEAD 2
 
 struct Row {
     int heads, groups, size, lanes;
@@ -35,14 +37,16 @@ struct Row {
         return *(const uint4 *)(from + at(head < count ? head : 0));
     }
 
-    // sign 1: the rotation; −1: its transpose.
-    __device__ __forceinline__ F8 rotated(const F8 &x, float sign) const {
+    // sign 1: the rotation; −1: its transpose. Pairs change hands in bf16, as which they come.
+    __device__ __forceinline__ F8 rotated(const uint4 &packed, float sign) const {
+        uint4 there;
+        there.x = __shfl_xor_sync(~0u, packed.x, lanes / 2), there.y = __shfl_xor_sync(~0u, packed.y, lanes / 2);
+        there.z = __shfl_xor_sync(~0u, packed.z, lanes / 2), there.w = __shfl_xor_sync(~0u, packed.w, lanes / 2);
+        const F8 x = unpack(packed), other = unpack(there);
+        const float s = low ? -sign : sign;
         F8 r;
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float other = __shfl_xor_sync(~0u, x.v[j], lanes / 2);
-            r.v[j] = x.v[j] * cosine.v[j] + (low ? -sign : sign) * sine.v[j] * other;
-        }
+        for (int j = 0; j < 8; j++) r.v[j] = x.v[j] * cosine.v[j] + s * sine.v[j] * other.v[j];
         return r;
     }
 
@@ -71,7 +75,7 @@ __device__ __forceinline__ u64 units_of(u64 rows, int all, int lanes) {
     return rows * ((steps + HEAD_STEPS - 1) / HEAD_STEPS);
 }
 
-extern "C" __global__ void head_norm_rope(u16 *qkv, const u16 *raw, const void *q_gain, const void *k_gain, int gain_f32, const float *cosine, const float *sine, u64 rows, int split, int tokens, int heads, int groups, int size, float eps) {
+extern "C" __global__ void __launch_bounds__(256, 2) head_norm_rope(u16 *qkv, const u16 *raw, const void *q_gain, const void *k_gain, int gain_f32, const float *cosine, const float *sine, u64 rows, int split, int tokens, int heads, int groups, int size, float eps) {
     const int lanes = size / 8, all = heads + 2 * groups;
     const u64 own = threadIdx.x % lanes * 8;
     const F8 of_queries = load8_as(q_gain, own, gain_f32), of_keys = load8_as(k_gain, own, gain_f32);
@@ -79,12 +83,12 @@ extern "C" __global__ void head_norm_rope(u16 *qkv, const u16 *raw, const void *
     // The warp stays whole, since the shuffles need every lane.
     for (u64 unit = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; unit < units; unit += warps) {
         const Row row = row_of(unit, rows, split, tokens, heads, groups, size, cosine, sine);
-        for (int step = row.first; step < row.end; step += AHEAD) {
-            uint4 loaded[AHEAD];
+        for (int step = row.first; step < row.end; step += FORWARD_AHEAD) {
+            uint4 loaded[FORWARD_AHEAD];
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) loaded[i] = row.load(raw, step + i, all);
+            for (int i = 0; i < FORWARD_AHEAD; i++) loaded[i] = row.load(raw, step + i, all);
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
+            for (int i = 0; i < FORWARD_AHEAD; i++) {
                 const int head = row.head(step + i);
                 const F8 x = unpack(loaded[i]);
                 float s = 0.f;
@@ -92,10 +96,10 @@ extern "C" __global__ void head_norm_rope(u16 *qkv, const u16 *raw, const void *
                 for (int j = 0; j < 8; j++) s += x.v[j] * x.v[j];
                 const float r = rsqrtf(row.sum(s) * (1.f / size) + eps);
                 F8 y;
-                // Rounded between norm and rotation, as the separate operations do.
 #pragma unroll
-                for (int j = 0; j < 8; j++) y.v[j] = widen(narrow(x.v[j] * r * (head < heads ? of_queries.v[j] : of_keys.v[j])));
-                y = row.rotated(y, 1.f);
+                for (int j = 0; j < 8; j++) y.v[j] = x.v[j] * r * (head < heads ? of_queries.v[j] : of_keys.v[j]);
+                // Rounded between norm and rotation, as the separate operations do.
+                y = row.rotated(pack8(y), 1.f);
                 if (step + i >= row.end || head >= all) continue;
                 if (head < heads + groups) store8(qkv + row.at(head), y);
                 else *(uint4 *)(qkv + row.at(head)) = loaded[i];
@@ -106,7 +110,7 @@ extern "C" __global__ void head_norm_rope(u16 *qkv, const u16 *raw, const void *
 
 // dqkv: in, the gradient of what attention saw; out, that of `raw`. partial[block] = [2, E] sums of the
 // gains' gradients. With x̂ = x r and g the gradient before the rotation: dx = r (w g − x̂ mean(w g x̂)).
-extern "C" __global__ void head_norm_rope_backward(u16 *dqkv, float *partial, const u16 *raw, const void *q_gain, const void *k_gain, int gain_f32, const float *cosine, const float *sine, u64 rows, int split, int tokens, int heads, int groups, int size, float eps) {
+extern "C" __global__ void __launch_bounds__(256, 2) head_norm_rope_backward(u16 *dqkv, float *partial, const u16 *raw, const void *q_gain, const void *k_gain, int gain_f32, const float *cosine, const float *sine, u64 rows, int split, int tokens, int heads, int groups, int size, float eps) {
     __shared__ float sums[8][2][256]; // by warp
     const int lanes = size / 8, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u64 own = threadIdx.x % lanes * 8;
@@ -118,16 +122,16 @@ extern "C" __global__ void head_norm_rope_backward(u16 *dqkv, float *partial, co
         const Row row = row_of(unit, rows, split, tokens, heads, groups, size, cosine, sine);
         // Values pass as they are.
         const int normed = heads + groups;
-        for (int step = row.first; step < row.end; step += AHEAD) {
-            uint4 of_x[AHEAD], of_g[AHEAD];
+        for (int step = row.first; step < row.end; step += BACKWARD_AHEAD) {
+            uint4 of_x[BACKWARD_AHEAD], of_g[BACKWARD_AHEAD];
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) of_x[i] = row.load(raw, step + i, normed), of_g[i] = row.load(dqkv, step + i, normed);
+            for (int i = 0; i < BACKWARD_AHEAD; i++) of_x[i] = row.load(raw, step + i, normed), of_g[i] = row.load(dqkv, step + i, normed);
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
+            for (int i = 0; i < BACKWARD_AHEAD; i++) {
                 const int head = row.head(step + i);
                 const bool in = step + i < row.end && head < normed, query = head < heads;
                 const F8 x = unpack(of_x[i]);
-                F8 g = row.rotated(unpack(of_g[i]), -1.f);
+                F8 g = row.rotated(of_g[i], -1.f);
                 float s = 0.f, t = 0.f;
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
