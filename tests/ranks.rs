@@ -227,33 +227,41 @@ fn a_rank_that_hangs_ends_all_and_is_named() {
     without_a_rank(1, 2, "STOP", 6, "nothing was heard of it for 5 s");
 }
 
-/// A rank whose heartbeats go on while its main thread stands still says so itself; one at a task that it
-/// has declared does not.
+/// A run of two ranks with `sets`, in which `scene` is rehearsed once `steps` steps are told: all end, and
+/// rank 1 is named with `says`.
+fn without_moves(sets: &[&str], scene: &str, steps: usize, says: &str) {
+    let run = Run::new(100_000);
+    let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    let mut launch = run.launch(2, &args);
+    let mut launcher = launch.env("TTT_REHEARSE", scene).spawn().expect("run");
+    run.wait_until(steps, &mut launcher);
+    let ranks = ranks_of(&launcher);
+    let output = end(launcher, &ranks, Instant::now());
+    assert_eq!(output.status.code(), Some(2));
+    let said = stderr(&output);
+    for says in ["rank 1 hangs", says, "rank 0 at: "] {
+        assert!(said.contains(says), "{scene}: no \"{says}\" in: {said}");
+    }
+    assert!(!said.contains("rank 0 hangs"), "{said}");
+}
+
+/// A rank whose heartbeats go on while its main thread stands still says so itself: from the first step
+/// on, and in a task that it has declared, if it takes that long.
 #[test]
 fn a_rank_that_does_not_move_ends_all_and_is_named() {
-    let sets = ["--set", "parallel.timeout_s=5"];
-    for layout in ["parallel.shard=2", "parallel.context=2"] {
-        let run = Run::new(100_000);
-        let args = [sets.as_slice(), &["--set", layout]].concat();
-        let mut launch = run.launch(2, &args);
-        let mut launcher = launch.env("TTT_REHEARSE", "hang:1:8").spawn().expect("run");
-        run.wait_until(6, &mut launcher);
-        let ranks = ranks_of(&launcher);
-        let output = end(launcher, &ranks, Instant::now());
-        assert_eq!(output.status.code(), Some(2));
-        let said = stderr(&output);
-        for says in [
-            "rank 1 hangs",
-            "has not moved for 5 s at: step 8",
-            "rank 0 at: ",
-        ] {
-            assert!(said.contains(says), "no \"{says}\" in: {said}");
-        }
-        assert!(!said.contains("rank 0 hangs"), "{said}");
-    }
-    let run = Run::new(12);
+    let (five, two) = ("parallel.timeout_s=5", "parallel.timeout_s=2");
+    std::thread::scope(|scope| {
+        // Ten times the deadline.
+        let task = "has not moved for 20 s at: a rehearsed task";
+        scope.spawn(|| without_moves(&[two], "task:1:2", 1, task));
+        let sets = [five, "parallel.shard=2"];
+        without_moves(&sets, "hang:1:1", 1, "has not moved for 5 s at: step 1");
+        let sets = [five, "parallel.context=2"];
+        without_moves(&sets, "hang:1:8", 6, "has not moved for 5 s at: step 8");
+    });
+    let (run, sets) = (Run::new(12), ["--set", two]);
     let mut launch = run.launch(2, &sets);
-    let output = launch.env("TTT_REHEARSE", "task:1:8:15").output();
+    let output = launch.env("TTT_REHEARSE", "task:1:8:6").output();
     let output = output.expect("run ttt");
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(run.steps().len(), 12);

@@ -3,45 +3,58 @@
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 /// What the main thread says of itself. Clones are the same one.
 ///
-/// A thread that works passes [`at`](Self::at) again and again. While it waits for another rank, or has
-/// declared a long task, nobody expects that of it.
+/// A thread that works passes [`at`](Self::at) again and again, in long tasks too. While it waits for
+/// another rank nobody expects that of it.
 #[derive(Clone, Debug, Default)]
 pub struct Activity(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Where it was last.
-    at: String,
+    /// Where it was last, and the move that brought it there.
+    at: (u64, String),
     /// Counts everything that is said here: it changes as long as the thread moves.
     moves: u64,
     /// Waits for others under way.
     waits: usize,
-    /// Long tasks under way, by the move that declared them.
-    tasks: BTreeMap<u64, String>,
-    /// What a step takes, the slowest so far.
-    step: Duration,
+    /// Tasks under way, by the move that declared them.
+    tasks: BTreeMap<u64, (Patience, String)>,
+    /// Is told of every place, to mark it in what the device has to do.
+    mark: Option<fn()>,
+    /// Marks that the device has come to.
+    passed: u64,
+}
+
+/// How long a thread may stand still in what it does; the more patient are greater.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Patience {
+    /// As in a step.
+    #[default]
+    Usual,
+    /// Several times as long; and how long it does tells what is usual after it.
+    First,
+    /// Several times as long.
+    Long,
+    /// For ever.
+    Endless,
 }
 
 /// What somebody sees who looks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
-    /// Where the thread is, or its newest long task.
+    /// Where the thread is, and in which task.
     pub what: String,
-    /// Changes with every move.
+    /// Changes with every move of the thread and every mark that the device passes.
     pub moves: u64,
-    /// Whether it waits for another rank.
+    /// Whether the thread waits for another rank.
     pub waits: bool,
-    /// Whether it has declared a long task.
-    pub long: bool,
-    /// The slowest step so far.
-    pub step: Duration,
+    /// That of the most patient task.
+    pub patience: Patience,
 }
 
-/// A wait or a long task, until it is dropped.
+/// A wait or a task, until it is dropped.
 #[derive(Debug)]
 #[must_use = "it is over when this is dropped"]
 pub struct Declared {
@@ -58,15 +71,35 @@ impl Activity {
     pub fn at(&self, place: impl Display) {
         let mut state = self.lock();
         state.moves += 1;
-        state.at = place.to_string();
+        state.at = (state.moves, place.to_string());
+        if let Some(mark) = state.mark {
+            mark();
+        }
     }
 
-    /// The thread begins what may take any time, and what others rightly wait for.
+    /// The thread begins what others rightly wait for, and in which it may stand still for longer
+    /// than in a step: for a disk, say.
     pub fn long(&self, task: impl Display) -> Declared {
+        self.task(Patience::Long, task)
+    }
+
+    /// As [`long`](Self::long), for what will come again: how long the thread stands still in it tells
+    /// what is usual from then on.
+    pub fn first(&self, task: impl Display) -> Declared {
+        self.task(Patience::First, task)
+    }
+
+    /// The thread begins what may take any time without a move, since that is up to something outside:
+    /// the size of a text, a network, whoever holds a terminal.
+    pub fn endless(&self, task: impl Display) -> Declared {
+        self.task(Patience::Endless, task)
+    }
+
+    fn task(&self, patience: Patience, task: impl Display) -> Declared {
         let mut state = self.lock();
         state.moves += 1;
         let number = state.moves;
-        state.tasks.insert(number, task.to_string());
+        state.tasks.insert(number, (patience, task.to_string()));
         Declared {
             activity: self.clone(),
             task: Some(number),
@@ -84,24 +117,30 @@ impl Activity {
         }
     }
 
-    /// A step took so long: what the thread does between two moves takes no longer than a step.
-    pub fn step_took(&self, seconds: f64) {
-        // What is no duration, such as NaN before the first step, is not one.
-        if let Ok(step) = Duration::try_from_secs_f64(seconds) {
-            let mut state = self.lock();
-            state.step = state.step.max(step);
-        }
+    /// From now on `mark` is told of every place that the thread comes to.
+    pub(crate) fn mark_with(&self, mark: fn()) {
+        self.lock().mark = Some(mark);
+    }
+
+    /// The device has passed so many marks by now.
+    pub(crate) fn passed(&self, marks: u64) {
+        self.lock().passed = marks;
     }
 
     pub(crate) fn look(&self) -> Seen {
         let state = self.lock();
-        let task = state.tasks.values().next_back();
+        let (came, at) = &state.at;
+        let what = match state.tasks.last_key_value() {
+            None => at.clone(),
+            Some((begun, (_, task))) if begun > came => task.clone(),
+            Some((_, (_, task))) => format!("{task}, {at}"),
+        };
+        let patience = state.tasks.values().map(|(patience, _)| *patience);
         Seen {
-            what: task.unwrap_or(&state.at).clone(),
-            moves: state.moves,
+            what,
+            moves: state.moves + state.passed,
             waits: state.waits > 0,
-            long: task.is_some(),
-            step: state.step,
+            patience: patience.max().unwrap_or_default(),
         }
     }
 }

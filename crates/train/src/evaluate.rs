@@ -66,8 +66,10 @@ pub fn evaluate(
         // the parameters. Nothing of that row counts.
         let counts = !own.is_empty();
         let read_now = if counts { own } else { 0..1 };
+        let files = mesh.activity.long("reading rows to evaluate");
         let batch = read_now.map(|i| all.row(i));
         let batch = batch.collect::<Result<Vec<_>, _>>()?;
+        drop(files);
         let micro = MicroBatch::new(&batch, mesh, &model.device)?;
         let losses = read(&model.token_losses(&micro, mesh)?)?;
         if !counts {

@@ -147,10 +147,12 @@ pub fn continue_text(
     prompt: &str,
     tokens: usize,
     sampling: Sampling,
+    each: impl Fn(usize),
 ) -> Result<String, TrainError> {
     let mut generation = Generation::start(decoder, tokenizer, prompt, sampling, 0)?;
     let mut ids = vec![];
     while ids.len() < tokens {
+        each(ids.len());
         match generation.next_token()? {
             Some(id) => ids.push(id),
             None => break,

@@ -101,12 +101,14 @@ impl Updater {
     ) -> Result<UpdateOutput, CommError> {
         let mut gradients = vec![];
         for unit in units.iter_mut() {
+            come_to("the gradient", unit, mesh);
             gradients.push(unit.take_gradient(mesh)?);
         }
         // What is frozen has no part in the norm, as if it had no gradient.
         let rank = mesh.shard.rank();
         let mut squares = scalar(0.0, &self.mean_norm.device());
         for (unit, gradient) in units.iter().zip(&gradients) {
+            come_to("the gradient's norm", unit, mesh);
             for (range, lr_scale) in self.stretches(unit, rank) {
                 if lr_scale > 0.0 {
                     squares = squares + square_sum(&cut_parts(gradient, &range));
@@ -132,6 +134,7 @@ impl Updater {
         };
         let scale = clip * normalizer * good.clone();
         for (unit, gradient) in units.iter_mut().zip(gradients) {
+            come_to("the update", unit, mesh);
             self.update_unit(unit, gradient, lr, step, (&scale, &good), rank);
         }
         self.follow(finite, &good);
@@ -242,6 +245,12 @@ impl Updater {
         let keep = good.clone().equal_scalar(0.0);
         self.mean_norm = moved.mask_where(keep, self.mean_norm.clone());
     }
+}
+
+/// This rank moves, and has come to `what` of `unit`.
+fn come_to(what: &str, unit: &UnitState, mesh: &Mesh) {
+    let unit = unit.unit;
+    mesh.activity.at(format_args!("{what} of {unit:?}"));
 }
 
 /// Elements `range` of parts that lie end to end.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use burn::tensor::Device;
 use rustix::process;
-use ttt_parallel::tcp::{Meeting, Tcp, Watch, connect};
+use ttt_parallel::tcp::{DeviceSigns, Meeting, Tcp, Watch, connect};
 use ttt_parallel::{CommError, Declared, Mesh, Place, ProcessGroup, SingleRank, Votes};
 
 use crate::config::{Config, DeviceKind};
@@ -35,14 +35,14 @@ pub struct Ranks {
     votes: Votes,
     /// `None` on one rank.
     tcp: Option<Arc<Tcp>>,
-    /// Until the run goes at its pace: what comes before may take any time.
+    /// Until the run goes at its pace.
     starting: Option<Declared>,
 }
 
 impl Ranks {
     /// Meets the others of `place`'s run, which have been started with the same `config`; `purpose`
     /// is what else must be equal. From then on a lost rank ends this process within a few seconds,
-    /// whatever it waits for; and so does one that hangs, once [`Ranks::started`] was called.
+    /// whatever it waits for; and so does one that hangs, sooner once [`Ranks::started`] was called.
     ///
     /// # Errors
     /// If the layout asked for is not one of so many ranks, or the others do not come.
@@ -64,9 +64,10 @@ impl Ranks {
         let deadline = Duration::from_secs(config.parallel.timeout_s);
         let (host, tcp) = meet_on_host(place, &equal, deadline)?;
         let starting = tcp.activity().long("the start of the run");
-        tcp.watch_over(device_waits)?;
+        tcp.watch_over(signs(config.run.device))?;
         let join = || -> Result<Self, TrainError> {
             let (device, world) = join_on_devices(config.run.device, place, &host)?;
+            tcp.activity().at("the groups of ranks");
             let all = [(0..place.size).collect()];
             let mut mesh = Mesh::new(world, layout)?;
             mesh.activity = tcp.activity().clone();
@@ -102,7 +103,7 @@ impl Ranks {
         self.host.size()
     }
 
-    /// The run goes at its pace from now on: a rank that does not move is one that hangs.
+    /// The run goes at its pace from now on.
     pub fn started(&mut self) {
         self.starting = None;
     }
@@ -222,13 +223,20 @@ fn leave() -> ! {
     std::process::exit(FAILED)
 }
 
-/// Whether this rank's device waits for those of others. Threads that wait for tensors over TCP say so.
-fn device_waits() -> bool {
-    #[cfg(feature = "cuda")]
-    let waits = ttt_kernels::cuda::event::waits_for_others();
-    #[cfg(not(feature = "cuda"))]
-    let waits = false;
-    waits
+/// What is seen of this rank's device while the main thread waits for it.
+fn signs(kind: DeviceKind) -> DeviceSigns {
+    match kind {
+        // Threads that wait for tensors over TCP say so.
+        DeviceKind::Cpu => DeviceSigns::NONE,
+        #[cfg(not(feature = "cuda"))]
+        DeviceKind::Cuda => DeviceSigns::NONE,
+        #[cfg(feature = "cuda")]
+        DeviceKind::Cuda => DeviceSigns {
+            waits: ttt_kernels::cuda::event::waits_for_others,
+            mark: ttt_kernels::cuda::event::mark,
+            passed: ttt_kernels::cuda::event::marks_passed,
+        },
+    }
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -1,8 +1,8 @@
 //! What ranks do when one of them hangs, rehearsed: for tests of the launcher and of clusters.
 //!
 //! [`VARIABLE`] makes the main thread of one rank stop moving before one step, the same on every rank's
-//! environment: `hang:RANK:STEP` for ever, `task:RANK:STEP:SECONDS` in a declared long task, so long;
-//! `gpu:RANK:STEP` makes its GPU stand still instead.
+//! environment: `hang:RANK:STEP` for ever, `task:RANK:STEP` in a declared long task, for ever as well, or
+//! `task:RANK:STEP:SECONDS` for so long; `gpu:RANK:STEP` makes its GPU stand still instead.
 
 use std::time::Duration;
 
@@ -27,8 +27,8 @@ struct Scene {
 enum What {
     Hang,
     Gpu,
-    /// Seconds of a declared task.
-    Task(u64),
+    /// A declared task, of so many seconds if that is said.
+    Task(Option<u64>),
 }
 
 impl Rehearsal {
@@ -48,12 +48,13 @@ impl Rehearsal {
         let scene = || {
             let mut parts = text.split(':');
             let kind = parts.next()?;
-            let mut number = || parts.next()?.parse::<u64>().ok();
-            let (rank, step) = (usize::try_from(number()?).ok()?, number()?);
-            let what = match kind {
-                "hang" => What::Hang,
-                "gpu" => What::Gpu,
-                "task" => What::Task(number()?),
+            let rank = parts.next()?.parse().ok()?;
+            let step = parts.next()?.parse().ok()?;
+            let seconds = parts.next().map(str::parse).transpose().ok()?;
+            let what = match (kind, seconds) {
+                ("hang", None) => What::Hang,
+                ("gpu", None) => What::Gpu,
+                ("task", seconds) => What::Task(seconds),
                 _ => return None,
             };
             parts.next().is_none().then_some(Scene { rank, step, what })
@@ -61,7 +62,7 @@ impl Rehearsal {
         match scene() {
             Some(scene) => Ok(Self(Some(scene))),
             None => Err(CommError::Start(format!(
-                "{VARIABLE} is \"{text}\": expected hang:RANK:STEP, gpu:RANK:STEP or task:RANK:STEP:SECONDS, or unset it"
+                "{VARIABLE} is \"{text}\": expected hang:RANK:STEP, gpu:RANK:STEP or task:RANK:STEP[:SECONDS], or unset it"
             ))),
         }
     }
@@ -84,14 +85,21 @@ impl Rehearsal {
         match scene.what {
             What::Task(seconds) => {
                 let _task = activity.long("a rehearsed task");
-                std::thread::sleep(Duration::from_secs(seconds));
+                match seconds {
+                    Some(seconds) => std::thread::sleep(Duration::from_secs(seconds)),
+                    None => for_ever(),
+                }
                 Ok(())
             }
             What::Gpu => stall(device).map_err(CommError::Start),
-            What::Hang => loop {
-                std::thread::park();
-            },
+            What::Hang => for_ever(),
         }
+    }
+}
+
+fn for_ever() -> ! {
+    loop {
+        std::thread::park();
     }
 }
 
@@ -124,13 +132,15 @@ mod tests {
         assert_eq!(parse("gpu:1:7").expect("a scene"), scene(What::Gpu));
         assert_eq!(
             parse("task:1:7:12").expect("a scene"),
-            scene(What::Task(12))
+            scene(What::Task(Some(12)))
         );
+        assert_eq!(parse("task:1:7").expect("a scene"), scene(What::Task(None)));
         for wrong in [
             "hang",
             "hang:1",
             "hang:1:7:2",
-            "task:1:7",
+            "task:1:7:",
+            "task:1:7:2:3",
             "stop:1:7",
             "hang:-1:7",
         ] {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
-use ttt_parallel::Activity;
+use ttt_parallel::{Activity, Declared};
 
 use crate::config::{DeviceKind, OnBadGradient};
 use crate::device::read_scalar;
@@ -43,8 +43,6 @@ pub(crate) struct Report {
     /// What this rank's main thread says of itself.
     pub activity: Activity,
     pub waiting: Option<Launched>,
-    /// Steps whose results were read.
-    pub reads: u64,
 }
 
 /// How long steps take. The device works in order, so reading the results of one step waits for
@@ -107,11 +105,6 @@ impl Report {
         }
         let seconds = self.pace.read();
         let tokens_per_s = launched.tokens_per_step as f64 / seconds;
-        self.reads += 1;
-        if self.reads > 1 {
-            // The first has waited for what is compiled and tuned, which is no step's pace.
-            self.activity.step_took(seconds);
-        }
         let flops = &self.plan.flops;
         let share = |flops: f64| self.peak_flops.map(|peak| tokens_per_s * flops / peak);
         let metrics = StepMetrics {
@@ -129,13 +122,14 @@ impl Report {
             memory_gib: metrics::memory_gib(self.kind, &self.device),
             elapsed_s: self.begun.elapsed().as_secs_f64(),
         };
-        // A file system, or a terminal that somebody holds, may take its time.
-        let _telling = self.activity.long("telling a step");
+        let files = self.activity.long("telling a step");
         if let Some(lines) = &mut self.metrics
             && (launched.step.is_multiple_of(self.log_every) || !applied)
         {
             lines.step(&metrics)?;
         }
+        drop(files);
+        let _telling = self.telling();
         self.progress.step(&metrics);
         if !applied && self.on_bad == OnBadGradient::Abort {
             return Err(TrainError::BadGradient {
@@ -146,9 +140,17 @@ impl Report {
         Ok(())
     }
 
+    /// The others write files; the terminal of the rank that speaks may be held.
+    fn telling(&self) -> Declared {
+        match self.metrics {
+            Some(_) => self.activity.endless("telling how it goes"),
+            None => self.activity.long("telling how it goes"),
+        }
+    }
+
     /// Tells something else.
     pub fn note(&self, text: &str) {
-        let _telling = self.activity.long("telling something");
+        let _telling = self.telling();
         self.progress.note(text);
     }
 

@@ -44,10 +44,6 @@ pub enum Resume {
     Never,
 }
 
-/// Steps whose results are read before a rank that does not move is one that hangs: the first compiles and
-/// tunes, the next ones tell what a step takes.
-const STEPS_OF_THE_START: u64 = 3;
-
 /// Trains the model that `config` describes until `train.steps`, or a signal, as the rank at `place`.
 ///
 /// # Errors
@@ -89,7 +85,10 @@ fn train_on(
     let new = together(&mesh, &device, new)?[0];
     let mut recorded = config.clone();
     let base = match new {
-        true => ranks.first_then_all(|_| BaseModel::open(&mut recorded))?,
+        true => ranks.first_then_all(|_| {
+            let _hub = mesh.activity.endless("opening the model of [init]");
+            BaseModel::open(&mut recorded)
+        })?,
         false => None,
     };
     if !new {
@@ -98,7 +97,11 @@ fn train_on(
     }
 
     // ---- data ----------------------------------------------------------------------------------
-    let data = ranks.first_then_all(|first| Data::prepare(&recorded, first))?;
+    let data = ranks.first_then_all(|first| {
+        // There may be any amount of text, and it may lie on the hub.
+        let _text = mesh.activity.endless("preparing data");
+        Data::prepare(&recorded, first)
+    })?;
     let fingerprint = data.sampler.fingerprint();
 
     // ---- model, new or where it was left --------------------------------------------------------
@@ -160,7 +163,6 @@ fn train_on(
         pace: Pace::new(),
         activity: mesh.activity.clone(),
         waiting: None,
-        reads: 0,
     };
     if let Some(checkpoint) = &start {
         let path = checkpoint.path().display();
@@ -206,6 +208,12 @@ fn train_on(
     let tokens_per_step = config.train.batch_tokens as u64;
     let nominal = 1.0 / config.train.batch_tokens as f64;
     let begin = at.step;
+    // A GPU's first step compiles and tunes; a CPU's tells what is usual.
+    let mut first_step = Some(match config.run.device {
+        DeviceKind::Cpu => mesh.activity.first("the first step"),
+        DeviceKind::Cuda => mesh.activity.long("the first step"),
+    });
+    ranks.started();
     while at.step < steps {
         let step = at.step;
         let first = step == begin;
@@ -245,7 +253,7 @@ fn train_on(
         }
 
         // Update.
-        mesh.activity.at(format_args!("the update of step {step}"));
+        mesh.activity.at(format_args!("the sums of step {step}"));
         let labelled = scalar(labelled as f64 * nominal, &device);
         let all = |value| sent::of(sent::LOSS, || mesh.all_reduce_sum(value));
         let labelled = all(labelled)?;
@@ -275,8 +283,9 @@ fn train_on(
             state_ratios,
             sent: (ranks.count() > 1).then(|| sent.values().sum()),
         })?;
-        if report.reads >= STEPS_OF_THE_START {
-            ranks.started();
+        if first_step.is_some() {
+            report.flush()?;
+            first_step = None;
         }
 
         // Evaluate and save.
@@ -285,7 +294,6 @@ fn train_on(
             && (last || at.step.is_multiple_of(config.eval.every))
         {
             report.flush()?;
-            let _evaluation = mesh.activity.long("an evaluation");
             let length = config.train.sequence_length;
             let (rows, at_once) = (config.eval.rows, config.train.micro_batch_rows);
             let result = evaluate(&mut model, validation, length, rows, at_once, &mesh)?;
@@ -306,6 +314,7 @@ fn train_on(
         let _sample = mesh.activity.long("a sample");
         let mut units = vec![];
         for unit in Unit::all(&config.model) {
+            mesh.activity.at(format_args!("{unit:?}"));
             // All ranks gather it, one needs it whole.
             let params = model.params(unit, &mesh)?;
             units.extend(speaks.then_some(params));
@@ -319,7 +328,8 @@ fn train_on(
                 seed: config.run.seed,
             };
             let tokens = config.eval.sample_tokens;
-            let text = continue_text(&decoder, &data.tokenizer, prompt, tokens, sampling)?;
+            let each = |token| mesh.activity.at(format_args!("token {token}"));
+            let text = continue_text(&decoder, &data.tokenizer, prompt, tokens, sampling, each)?;
             report.note(&format!("sample: {prompt}{text}"));
         }
     }
@@ -397,6 +407,7 @@ fn new_units(config: &Config, mesh: &Mesh, device: &Device) -> Vec<UnitState> {
     units
         .map(|unit| {
             let values = |spec: &ttt_model::ParamSpec| {
+                mesh.activity.at(&spec.name);
                 Ok::<_, Infallible>(initial_values(spec, config.run.seed))
             };
             match UnitState::new(&config.model, unit, mesh, device, values) {

@@ -105,8 +105,10 @@ impl BaseModel {
         let plan = InitFrom::plan(&config.model, &self.folder.weights, config.run.seed)?;
         let unit = |unit| {
             let layout = FlatLayout::new(&config.model, unit, mesh.shard.size());
-            let read =
-                |spec: &ParamSpec, range, values: &mut [f32]| plan.read(&spec.name, range, values);
+            let read = |spec: &ParamSpec, range, values: &mut [f32]| {
+                mesh.activity.at(&spec.name);
+                plan.read(&spec.name, range, values)
+            };
             let master = layout.read_shard(mesh.shard.rank(), read)?;
             Ok(UnitState::from_shard(unit, layout, master, device))
         };
@@ -143,7 +145,10 @@ impl BaseModel {
 
         let params = Unit::all(&with)
             .into_iter()
-            .map(|unit| model.params(unit, mesh))
+            .map(|unit| {
+                mesh.activity.at(format_args!("{unit:?}"));
+                model.params(unit, mesh)
+            })
             .collect::<Result<Vec<_>, _>>()?;
         let plain = Unit::all(&without).into_iter().zip(&params);
         let plain = plain
@@ -152,6 +157,7 @@ impl BaseModel {
         let logits = |config: &ModelConfig, params| {
             let decoder = Decoder::new(config, params, model.compute, &model.device);
             let mut session = decoder.session();
+            mesh.activity.at("whether new layers change a logit");
             let (chunk, rest) = row
                 .input_ids
                 .split_at(with.ttt.chunk.min(row.input_ids.len() - 1));

@@ -202,6 +202,7 @@ impl Model {
         let batch = self.batch(&micro.packing, None, mesh);
         let layers = 0..config.num_hidden_layers;
 
+        mesh.activity.at("the embedding");
         let embedding = Embedding::new(&self.params(Unit::Embedding, mesh)?);
         self.prefetch(Unit::Block(0), mesh)?;
         let embeddings = embedding.forward(micro.ids.clone(), self.compute);
@@ -240,6 +241,7 @@ impl Model {
         }
         let state_ratios = context::largest(state_ratios, mesh)?;
 
+        mesh.activity.at("the head");
         let (loss, mut dx) = self.head_pass(x, micro, scale, activations, mesh)?;
 
         let mut dembeddings: Option<Tensor<3>> = None;
@@ -271,6 +273,7 @@ impl Model {
             dx = reached.expect("a block's input reaches its output");
         }
 
+        mesh.activity.at("the backward of the embedding");
         let dembedded = match dembeddings {
             Some(sum) => dx + sum,
             None => dx,
@@ -307,6 +310,7 @@ impl Model {
         let weight = tied.as_ref().map(|tied| Embedding::new(tied).weight);
         let head = Head::new(&self.config, &params, weight);
         let loss = head.loss(x.clone(), micro.labels.clone(), scale);
+        mesh.activity.at("the backward of the head");
         let mut gradients = loss.backward();
         let own = params.gradients(&mut gradients);
         self.add_gradients(Unit::Head, own, micro.last, mesh)?;
@@ -334,12 +338,15 @@ impl Model {
         let embeddings = embedding.forward(micro.ids.clone(), self.compute);
         let mut x = embeddings.clone();
         for layer in 0..config.num_hidden_layers {
+            mesh.activity
+                .at(format_args!("block {layer} in an evaluation"));
             let params = self.params(Unit::Block(layer), mesh)?;
             let block = Block::new(&config, layer, &params);
             self.prefetch_after(layer, mesh)?;
             x = block.forward(x, embeddings.clone(), &batch).output;
             context::check(&batch)?;
         }
+        mesh.activity.at("the head in an evaluation");
         let tied = config.tie_word_embeddings.then_some(embedding.weight);
         let head = Head::new(&config, &self.params(Unit::Head, mesh)?, tied);
         Ok(head.token_losses(x, micro.labels.clone()))

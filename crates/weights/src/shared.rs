@@ -171,13 +171,15 @@ impl<'a> SharedWriter<'a> {
         Ok(())
     }
 
-    /// Flushes to disk what was written. The pieces in the order they were written.
+    /// Flushes to disk what was written. The pieces in the order they were written. `each` hears every
+    /// file before it is flushed, which may take minutes.
     ///
     /// # Errors
     /// If the disk refuses.
-    pub fn finish(mut self) -> Result<Vec<WrittenPiece>, WeightsError> {
+    pub fn finish(mut self, each: impl Fn(&str)) -> Result<Vec<WrittenPiece>, WeightsError> {
         self.close();
         for (file, output) in &self.files {
+            each(&self.plan.files[*file].name);
             let flushed = output.sync_all();
             flushed.map_err(WeightsError::io(&self.path(*file), "flush to disk"))?;
         }

@@ -212,7 +212,7 @@ proptest! {
                 }
                 begin += values.len();
             }
-            pieces.extend(writer.finish().unwrap());
+            pieces.extend(writer.finish(|_| ()).unwrap());
         }
         pieces.sort_by_key(|piece| (piece.file.clone(), piece.range.start));
         for file in &expected {

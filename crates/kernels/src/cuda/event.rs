@@ -3,8 +3,12 @@
 //! A GPU that hangs and one that waits for it in an exchange look alike from the host: neither answers.
 //! What tells them apart are two events around every exchange. Where one has begun and not ended, the
 //! GPU waits for other ranks; where none has, it is still at its own work.
+//!
+//! A GPU that works has seconds of work before it, and the host does not hear of it before the end. So
+//! there are events between, the marks ([`mark`]), which it passes as it goes on.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use burn::tensor::Device;
@@ -126,6 +130,64 @@ impl Flights {
 pub fn waits_for_others() -> bool {
     let all: Vec<_> = locked(&ALL).iter().filter_map(Weak::upgrade).collect();
     all.iter().any(|flights| flights.wait())
+}
+
+/// A mark is asked for.
+static DUE: AtomicBool = AtomicBool::new(false);
+
+/// Those of this process; none before the first.
+static MARKS: Mutex<Option<Marks>> = Mutex::new(None);
+
+#[derive(Debug)]
+struct Marks {
+    context: CUcontext,
+    /// Not yet seen to be passed, oldest first.
+    coming: VecDeque<Event>,
+    passed: u64,
+}
+
+// SAFETY: a context may be made current on any thread.
+unsafe impl Send for Marks {}
+
+/// Puts a mark behind the work that the device has, before what it is given next. Costs the host nothing
+/// here, and an event on the device thread then.
+pub fn mark() {
+    DUE.store(true, Ordering::Relaxed);
+}
+
+/// The mark that is due, on the stream that is given work now; on the device thread.
+pub(super) fn keep_mark(stream: CUstream) {
+    if !DUE.swap(false, Ordering::Relaxed) {
+        return;
+    }
+    // Where the driver refuses, what is done next fails and tells; a mark alone is not missed.
+    let (Ok(Some(context)), Ok(event)) = (ctx::get_current(), Event::on(stream)) else {
+        return;
+    };
+    let mut marks = locked(&MARKS);
+    let marks = marks.get_or_insert_with(|| Marks {
+        context,
+        coming: VecDeque::new(),
+        passed: 0,
+    });
+    marks.coming.push_back(event);
+}
+
+/// How many marks the device has passed. May be asked by a thread of its own while others wait for the
+/// device.
+pub fn marks_passed() -> u64 {
+    let mut marks = locked(&MARKS);
+    let Some(marks) = &mut *marks else {
+        return 0;
+    };
+    // SAFETY: the context of the device thread, which is not given back while the process lives.
+    if unsafe { ctx::set_current(marks.context) }.is_ok() {
+        while marks.coming.front().is_some_and(Event::reached) {
+            marks.coming.pop_front();
+            marks.passed += 1;
+        }
+    }
+    marks.passed
 }
 
 /// Makes the device stand still for ever behind the work it has: to rehearse what happens then.

@@ -21,6 +21,7 @@ use cudarc::driver::sys::CUstream;
 
 use super::attention::Attentions;
 use super::compile::Kernels;
+use super::event;
 use super::gemm::Gemms;
 use super::profile;
 use super::scratch;
@@ -242,6 +243,7 @@ fn issue_on(
     let mut streams =
         WriteScoped::write_streams(server).resolve(stream, reads.iter().chain(writes))?;
     let stream = streams.current().sys;
+    event::keep_mark(stream);
     let extents = match profile::is_on() {
         true => pinned_reads
             .iter()

@@ -1,26 +1,41 @@
 //! A rank that lives and does not move.
 //!
 //! Heartbeats have threads of their own: they go on when the main thread waits for ever for a lock or for
-//! a GPU. So every rank has one more thread, which looks at its own main thread. A clock runs while the
-//! main thread neither moves, nor waits for another rank, nor has declared a long task
-//! ([`Activity`]); and not while another rank is at a long task, for which this one's GPU may have
-//! to wait. At the limit the rank says to all that it hangs, and all end. One whose GPU only waits for
-//! others' lets them speak first ([`FIRST`]): it is not the one to blame.
+//! a GPU. So every rank has one more thread, which looks at its own main thread and device. A clock runs
+//! from one move to the next, and not while the main thread waits for another rank ([`Activity`]). At the
+//! limit the rank says to all that it hangs, and all end.
 //!
-//! The limit is the deadline of silence, or [`SLOWER`] times the slowest step so far where that is more:
-//! between two moves the main thread does no more than a step. The clock counts looks and not hours, so
-//! that a process that was stopped and goes on has not aged.
+//! **A move** is a place that the main thread comes to, several in a block; or a mark that the device comes
+//! to, one per place: a GPU's host is ahead of it and then waits for it, as long as a step at a time, in
+//! which the GPU passes all the marks of that step. Where the device waits for those of other ranks, a
+//! move of another rank is one, too: who is faster than the others does not hang.
+//!
+//! **The limit** is the deadline of silence, or [`SLOWER`] times the longest time between two moves so far,
+//! where that is more. In a long task it is [`LONGER`] times the deadline, and it is that as well for a
+//! rank whose device waits while another is at a long task. Such a rank speaks later ([`FIRST`]): it is not
+//! the one to blame.
+//!
+//! The clock counts looks and not hours, so that a process that was stopped and goes on has not aged.
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Letter, Received};
-use crate::activity::{Activity, Seen};
+use crate::activity::{Activity, Patience, Seen};
 
-/// How many times slower than all before it a step may be.
+/// How many times longer than ever before a rank may stand still. The backward pass of a block that is
+/// computed anew takes three times the forward pass, which may be all that was seen before; and what is
+/// seen is up to two looks short. With the default deadline this tells where more than 5 s pass between two
+/// moves, as they do where a slow CPU computes a large block.
 const SLOWER: u32 = 4;
-/// How much longer a rank is silent whose device waits for others.
+/// Deadlines for which a rank may stand still in a long task: 200 s by default. The longest single things
+/// between two moves are a file of 5 GiB that is flushed to disk or hashed, 100 s at 50 MB/s, and a first
+/// step's kernels, 11 s to compile.
+const LONGER: u32 = 10;
+/// How much longer, at least, a rank is silent whose device waits for others. Its clock did not begin
+/// before theirs, since it hears of their moves later than they move; so two looks and a letter's way are
+/// enough.
 const FIRST: Duration = Duration::from_secs(3);
 /// Looks per deadline.
 const LOOKS: u32 = 20;
@@ -33,29 +48,40 @@ pub(super) type Heard = Mutex<Vec<Option<Said>>>;
 /// What a rank says in a heartbeat.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Said {
-    /// It is at a long task, and does not itself wait for others in it.
-    busy: bool,
+    /// How long others may have to wait for it; the usual time where it waits for others itself.
+    patience: Patience,
+    /// Changes when it moves.
+    moves: u64,
     what: String,
 }
 
 impl Said {
     pub fn of(seen: &Seen) -> Self {
         Self {
-            busy: seen.long && !seen.waits,
+            patience: match seen.waits {
+                true => Patience::Usual,
+                false => seen.patience,
+            },
+            moves: seen.moves,
             what: seen.what.chars().take(WORDS).collect(),
         }
     }
 
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = vec![u8::from(self.busy)];
+        let mut bytes = vec![self.patience as u8];
+        bytes.extend(self.moves.to_le_bytes());
         bytes.extend(self.what.as_bytes());
         bytes
     }
 
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let (busy, what) = bytes.split_first()?;
+        let (patience, bytes) = bytes.split_first()?;
+        let (moves, what) = bytes.split_first_chunk()?;
+        use Patience::{Endless, First, Long, Usual};
+        let all = [Usual, First, Long, Endless];
         Some(Self {
-            busy: *busy == 1,
+            patience: *all.iter().find(|one| **one as u8 == *patience)?,
+            moves: u64::from_le_bytes(*moves),
             what: String::from_utf8_lossy(what).into_owned(),
         })
     }
@@ -71,7 +97,7 @@ pub(super) fn hear(heard: &Heard, rank: usize, said: Option<Said>) {
 pub(super) fn went_on(heard: &Heard, rank: usize) {
     let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(said) = &mut heard[rank] {
-        said.busy = false;
+        said.patience = Patience::Usual;
     }
 }
 
@@ -82,12 +108,48 @@ pub(super) fn last_words(heard: &Heard, rank: usize) -> String {
     said.map_or(String::new(), |said| format!(" (last at: {})", said.what))
 }
 
+/// What is seen of a rank's device.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceSigns {
+    /// Whether it waits for those of other ranks.
+    pub waits: fn() -> bool,
+    /// Marks the place that the main thread has come to in what the device has to do.
+    pub mark: fn(),
+    /// Marks that it has passed.
+    pub passed: fn() -> u64,
+}
+
+impl DeviceSigns {
+    /// Those of a device that computes while the main thread waits.
+    pub const NONE: Self = Self {
+        waits: || false,
+        mark: || (),
+        passed: || 0,
+    };
+}
+
+/// What a rank sees beside itself.
+#[derive(Clone, Copy, Debug, Default)]
+struct Around {
+    /// Its device waits for those of others.
+    device_waits: bool,
+    /// The most that another asks for.
+    patience: Patience,
+    /// Changes when another moves.
+    moves: u64,
+}
+
 /// How long a rank has not moved.
 #[derive(Debug)]
 struct Clock {
     deadline: Duration,
     moves: u64,
+    around: u64,
     still: Duration,
+    /// Whether the time since the last move tells how long this rank takes by itself.
+    tells: bool,
+    /// The longest such time.
+    slowest: Duration,
 }
 
 impl Clock {
@@ -95,22 +157,38 @@ impl Clock {
         Self {
             deadline,
             moves: 0,
+            around: 0,
             still: Duration::ZERO,
+            tells: true,
+            slowest: Duration::ZERO,
         }
     }
 
     /// Looks again after `passed`; how far beyond the limit the clock is.
-    fn look(&mut self, seen: &Seen, others_busy: bool, passed: Duration) -> Option<Duration> {
-        let moved = seen.moves != self.moves;
-        self.moves = seen.moves;
-        if moved || seen.waits || seen.long || others_busy {
+    fn look(&mut self, seen: &Seen, around: &Around, passed: Duration) -> Option<Duration> {
+        let mut moved = seen.moves != self.moves;
+        let mut patience = seen.patience;
+        if around.device_waits {
+            moved |= around.moves != self.around;
+            patience = patience.max(around.patience);
+        }
+        (self.moves, self.around) = (seen.moves, around.moves);
+        if moved || seen.waits || patience == Patience::Endless {
+            if self.tells {
+                self.slowest = self.slowest.max(self.still);
+            }
             self.still = Duration::ZERO;
+            self.tells = true;
             return None;
         }
+        self.tells &= patience <= Patience::First && !around.device_waits;
         // More than two looks apart, this process was stopped, or starved.
         self.still += passed.min(2 * self.between());
-        self.still
-            .checked_sub(self.deadline.max(SLOWER * seen.step))
+        let least = match patience {
+            Patience::Usual => self.deadline,
+            _ => LONGER * self.deadline,
+        };
+        self.still.checked_sub(least.max(SLOWER * self.slowest))
     }
 
     fn between(&self) -> Duration {
@@ -125,8 +203,7 @@ pub(super) struct Watched {
     pub mailbox: Arc<Received>,
     pub heard: Arc<Heard>,
     pub queues: Vec<Sender<Letter>>,
-    /// Whether the device waits for those of other ranks.
-    pub device_waits: fn() -> bool,
+    pub device: DeviceSigns,
 }
 
 impl Watched {
@@ -137,13 +214,13 @@ impl Watched {
         while !self.mailbox.over_within(clock.between()) {
             let passed = last.elapsed();
             last = Instant::now();
-            let seen = self.activity.look();
-            if let Some(beyond) = clock.look(&seen, self.others_busy(), passed) {
-                let waits = (self.device_waits)();
-                if waits && beyond < FIRST {
+            self.activity.passed((self.device.passed)());
+            let (seen, around) = (self.activity.look(), self.around());
+            if let Some(beyond) = clock.look(&seen, &around, passed) {
+                if around.device_waits && beyond < FIRST.max(2 * clock.between()) {
                     continue;
                 }
-                let reason = self.sentence(&seen, clock.still, waits);
+                let reason = self.sentence(&seen, clock.still, around.device_waits);
                 for queue in &self.queues {
                     // A writer that is gone has told of its connection's end.
                     let _gone = queue.send(Letter::Failed(reason.clone()));
@@ -153,9 +230,16 @@ impl Watched {
         }
     }
 
-    fn others_busy(&self) -> bool {
+    fn around(&self) -> Around {
+        let device_waits = (self.device.waits)();
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.iter().flatten().any(|said| said.busy)
+        let all = heard.iter().flatten();
+        let patience = all.clone().map(|said| said.patience).max();
+        Around {
+            device_waits,
+            patience: patience.unwrap_or_default(),
+            moves: all.map(|said| said.moves).fold(0, u64::wrapping_add),
+        }
     }
 
     fn sentence(&self, seen: &Seen, still: Duration, waits: bool) -> String {
@@ -171,7 +255,8 @@ impl Watched {
         });
         let others: Vec<String> = others.take(8).collect();
         format!(
-            "rank {rank} hangs: {who} for {seconds} s at: {what}; others: {}",
+            "rank {rank} hangs: {who} for {seconds} s at: {what}; others: {} (if it is only slow, raise \
+             parallel.timeout_s)",
             others.join(", ")
         )
     }
@@ -182,14 +267,31 @@ mod tests {
     use super::*;
 
     const DEADLINE: Duration = Duration::from_secs(20);
+    const ALONE: Around = Around {
+        device_waits: false,
+        patience: Patience::Usual,
+        moves: 0,
+    };
 
-    /// The look at which the limit is reached, a second apart, of at most 1000.
-    fn ends(activity: &Activity, busy: bool, mut each: impl FnMut(u32)) -> Option<u32> {
-        let mut clock = Clock::new(DEADLINE);
+    /// Looks a second apart, of at most 1000, until the limit is reached; which that was. Sees beside
+    /// itself what `each` says.
+    fn ends(
+        clock: &mut Clock,
+        activity: &Activity,
+        mut each: impl FnMut(u32) -> Around,
+    ) -> Option<u32> {
         (1..=1000).find(|&look| {
-            each(look);
-            let beyond = clock.look(&activity.look(), busy, Duration::from_secs(1));
+            let around = each(look);
+            let beyond = clock.look(&activity.look(), &around, Duration::from_secs(1));
             beyond.is_some()
+        })
+    }
+
+    /// The same with a new clock, and nothing beside.
+    fn alone(activity: &Activity, mut each: impl FnMut(u32)) -> Option<u32> {
+        ends(&mut Clock::new(DEADLINE), activity, |look| {
+            each(look);
+            ALONE
         })
     }
 
@@ -198,38 +300,116 @@ mod tests {
         let activity = Activity::default();
         activity.at("step 7");
         // The first look sees the move.
-        assert_eq!(ends(&activity, false, |_| ()), Some(21));
-        assert_eq!(
-            ends(&activity, false, |look| {
-                if look <= 30 && look % 15 == 0 {
-                    activity.at("step 8");
-                }
-            }),
-            Some(50)
-        );
+        assert_eq!(alone(&activity, |_| ()), Some(21));
+        let moves_twice = |look| {
+            if [5, 10].contains(&look) {
+                activity.at("step 8");
+            }
+        };
+        assert_eq!(alone(&activity, moves_twice), Some(30));
+        // A device that goes on is a move, too.
+        let passes_marks = |look: u32| activity.passed(u64::from(look.min(300)));
+        assert_eq!(alone(&activity, passes_marks), Some(320));
     }
 
     #[test]
-    fn who_waits_or_is_busy_is_not() {
+    fn who_waits_is_not() {
         let activity = Activity::default();
         activity.at("step 7");
-        assert_eq!(ends(&activity, true, |_| ()), None);
-        let task = activity.long("saving");
-        assert_eq!(ends(&activity, false, |_| ()), None);
         let wait = activity.wait();
-        drop(task);
-        assert_eq!(ends(&activity, false, |_| ()), None);
+        assert_eq!(alone(&activity, |_| ()), None);
         drop(wait);
-        assert_eq!(ends(&activity, false, |_| ()), Some(21));
+        assert_eq!(alone(&activity, |_| ()), Some(21));
+    }
+
+    /// A step of 100 s whose parts take 2 s leaves the limit as it is; one whose parts take 10 s does not.
+    #[test]
+    fn the_longest_time_between_moves_counts_and_not_the_step() {
+        for (part, limit) in [(2, 20), (10, 36)] {
+            let activity = Activity::default();
+            activity.at("step 7");
+            let moves = |look: u32| {
+                if look <= 100 && look.is_multiple_of(part) {
+                    activity.at("another block");
+                }
+            };
+            // 10 s are seen as 9: those at whose end there was no move.
+            assert_eq!(alone(&activity, moves), Some(100 + limit), "{part}");
+        }
     }
 
     #[test]
-    fn a_slow_step_has_its_time() {
+    fn a_long_task_has_a_longer_limit() {
         let activity = Activity::default();
-        activity.step_took(f64::NAN);
-        activity.step_took(10.0);
-        activity.step_took(2.0);
-        assert_eq!(ends(&activity, false, |_| ()), Some(40));
+        activity.at("step 7");
+        let task = activity.long("saving");
+        assert_eq!(alone(&activity, |_| ()), Some(201));
+        // Who moves in it is left alone, and stands still for as long afterwards.
+        let moves = |look: u32| {
+            if look.is_multiple_of(190) && look <= 760 {
+                activity.at("another file");
+            }
+        };
+        assert_eq!(alone(&activity, moves), Some(960));
+        let inner = activity.endless("telling something");
+        assert_eq!(alone(&activity, |_| ()), None);
+        drop((inner, task));
+        assert_eq!(alone(&activity, |_| ()), Some(21));
+    }
+
+    /// How long somebody stands still in a long task says nothing of what comes after it; in the first
+    /// step it does.
+    #[test]
+    fn the_first_step_tells_what_is_usual() {
+        for (tells, limit) in [(true, 396), (false, 20)] {
+            let activity = Activity::default();
+            let begin = match tells {
+                true => activity.first("the first step"),
+                false => activity.long("the first step"),
+            };
+            let mut clock = Clock::new(DEADLINE);
+            let mut begin = Some(begin);
+            let end = ends(&mut clock, &activity, |look| {
+                if look == 101 {
+                    begin = None;
+                }
+                ALONE
+            });
+            assert_eq!(end, Some(101 + limit), "{tells}");
+        }
+    }
+
+    /// Whose device waits has time while others move or are at a long task. Whose does not has none of theirs.
+    #[test]
+    fn a_device_that_waits_is_waited_for() {
+        let activity = Activity::default();
+        activity.at("step 7");
+        for (device_waits, patience, moves_until, end) in [
+            (true, Patience::Usual, 0, Some(21)),
+            (true, Patience::Usual, 100, Some(120)),
+            (true, Patience::Long, 0, Some(201)),
+            (true, Patience::Endless, 0, None),
+            (false, Patience::Usual, 100, Some(21)),
+            (false, Patience::Endless, 100, Some(21)),
+        ] {
+            let mut clock = Clock::new(DEADLINE);
+            let got = ends(&mut clock, &activity, |look| Around {
+                device_waits,
+                patience,
+                moves: u64::from(look.min(moves_until)),
+            });
+            assert_eq!(got, end, "{device_waits} {patience:?} {moves_until}");
+        }
+        // How long it waited is not how long it takes.
+        let mut clock = Clock::new(DEADLINE);
+        let end = ends(&mut clock, &activity, |look| Around {
+            device_waits: look < 100,
+            patience: Patience::Long,
+            moves: u64::from(look >= 100),
+        });
+        // As long in all as a rank may that does not wait.
+        assert_eq!(end, Some(100));
+        assert_eq!(clock.slowest, Duration::ZERO);
     }
 
     /// Stopped for an hour, the process has aged by two looks.
@@ -238,28 +418,33 @@ mod tests {
         let activity = Activity::default();
         let mut clock = Clock::new(DEADLINE);
         let hour = Duration::from_secs(3600);
-        assert_eq!(clock.look(&activity.look(), false, hour), None);
+        assert_eq!(clock.look(&activity.look(), &ALONE, hour), None);
         assert_eq!(clock.still, Duration::from_secs(2));
     }
 
     #[test]
-    fn only_who_does_not_wait_is_busy() {
+    fn what_is_said_of_a_task() {
         let activity = Activity::default();
         activity.at("step 3");
         let said = || Said::of(&activity.look());
-        assert!(!said().busy);
-        let _task = activity.long("evaluating");
+        assert_eq!(said().patience, Patience::Usual);
+        let _task = activity.long("saving");
         assert_eq!(
             said(),
             Said {
-                busy: true,
-                what: "evaluating".into()
+                patience: Patience::Long,
+                moves: 2,
+                what: "saving".into()
             }
         );
+        activity.at("a file");
+        assert_eq!(said().what, "saving, a file");
         let waits = activity.wait();
-        assert!(!said().busy);
+        assert_eq!(said().patience, Patience::Usual);
         drop(waits);
         assert_eq!(Said::decode(&said().encode()), Some(said()));
-        assert_eq!(Said::decode(&[]), None);
+        for wrong in [&[][..], &[2; 8], &[9; 20]] {
+            assert_eq!(Said::decode(wrong), None);
+        }
     }
 }

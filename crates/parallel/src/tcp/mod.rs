@@ -36,6 +36,7 @@ use crate::mailbox::{Mailbox, Operation, Tag};
 use frame::{Header, Kind, WireType, read_frame, write_frame};
 use hang::{Heard, Said, Watched, hear, last_words, went_on};
 
+pub use hang::DeviceSigns;
 pub use rendezvous::Meeting;
 
 /// Heartbeats per deadline: several may be late before a rank is given up.
@@ -280,19 +281,19 @@ impl Tcp {
         &self.shared.activity
     }
 
-    /// From now on this rank says that it hangs, to all, when its main thread does not move.
-    /// `device_waits` tells, then, whether what it waits for is a device that itself waits for those
-    /// of other ranks.
+    /// From now on this rank says that it hangs, to all, when neither its main thread nor its device
+    /// moves.
     ///
     /// # Errors
     /// If there can be no thread that looks.
-    pub fn watch_over(&self, device_waits: fn() -> bool) -> Result<(), CommError> {
+    pub fn watch_over(&self, device: DeviceSigns) -> Result<(), CommError> {
+        self.activity().mark_with(device.mark);
         let watched = Watched {
             rank: self.rank,
             activity: self.shared.activity.clone(),
             mailbox: self.shared.mailbox.clone(),
             heard: self.shared.heard.clone(),
-            device_waits,
+            device,
             queues: self
                 .peers
                 .iter()

@@ -254,11 +254,12 @@ fn the_rank_that_others_wait_for_is_named() {
                         tcp.activity().at("step 6");
                     }
                     let resting = (!first && other_moves).then(|| tcp.activity().wait());
-                    let watched = match first {
-                        true => tcp.watch_over(|| true),
-                        false => tcp.watch_over(|| false),
+                    let waits: fn() -> bool = if first { || true } else { || false };
+                    let signs = DeviceSigns {
+                        waits,
+                        ..DeviceSigns::NONE
                     };
-                    watched.expect("a thread");
+                    tcp.watch_over(signs).expect("a thread");
                     let reason = tcp.watch().wait().expect("one hangs");
                     assert!(reason.contains(says), "{reason}");
                     drop(resting);

@@ -177,8 +177,9 @@ impl Manifest {
         }
     }
 
-    /// Compares sizes of all files and hashes of a share of their pieces with what was written.
-    pub fn verify(&self, path: &Path, share: Share) -> Result<(), TrainError> {
+    /// Compares sizes of all files and hashes of a share of their pieces with what was written. `each`
+    /// hears the file of every piece, before it is read.
+    pub fn verify(&self, path: &Path, share: Share, each: impl Fn(&str)) -> Result<(), TrainError> {
         for file in &self.files {
             file.verify_size(path)?;
         }
@@ -192,6 +193,7 @@ impl Manifest {
                 let owner = u128::from(before + begin) * share.of as u128;
                 let owner = owner / u128::from(total.max(1));
                 let end = begin + piece.bytes;
+                each(&file.name);
                 if owner == share.index as u128
                     && hash_piece(&path.join(&file.name), begin..end)? != piece.blake3
                 {

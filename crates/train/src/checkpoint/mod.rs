@@ -104,9 +104,10 @@ pub fn save(
     write::write(&path, units, progress, &files, mesh, || {
         let all = list(&config.run.dir)?;
         let excess = all.len().saturating_sub(config.checkpoint.keep.max(1));
-        all[..excess]
-            .iter()
-            .try_for_each(|old| std::fs::remove_dir_all(old).map_err(TrainError::io("remove", old)))
+        all[..excess].iter().try_for_each(|old| {
+            mesh.activity.at(format_args!("removing {}", old.display()));
+            std::fs::remove_dir_all(old).map_err(TrainError::io("remove", old))
+        })
     })?;
     Ok(path)
 }

@@ -34,7 +34,7 @@ impl Checkpoint {
     /// If a file is missing, truncated or changed, or written by another version.
     pub fn open(path: &Path) -> Result<Self, TrainError> {
         let manifest = Manifest::read(path)?;
-        manifest.verify(path, Share { index: 0, of: 1 })?;
+        manifest.verify(path, Share { index: 0, of: 1 }, |_| ())?;
         Self::verified(path, manifest)
     }
 
@@ -47,8 +47,9 @@ impl Checkpoint {
             index: mesh.world.rank(),
             of: mesh.world.size(),
         };
+        let each = |file: &str| mesh.activity.at(format_args!("verifying {file}"));
         let manifest = Manifest::read(path)
-            .and_then(|manifest| manifest.verify(path, share).map(|()| manifest));
+            .and_then(|manifest| manifest.verify(path, share, each).map(|()| manifest));
         // Nothing is read of a file before all of its pieces have been seen to be sound.
         let manifest = all_or_none(mesh, device, manifest)?;
         all_or_none(mesh, device, Self::verified(path, manifest))
@@ -191,6 +192,7 @@ fn read_shard(
 ) -> Result<Vec<f32>, TrainError> {
     layout.read_shard(mesh.shard.rank(), |spec, range, values| {
         let name = format!("{}{kind}", spec.name);
+        mesh.activity.at(&name);
         let found = folder.info(&name).map(|info| info.shape);
         if found.as_ref() != Some(&spec.shape) {
             let expected = &spec.shape;

@@ -192,7 +192,9 @@ impl Plans {
             write_buffer(&mut optimizer, unit, &unit.moments.first, FIRST, mesh)?;
             write_buffer(&mut optimizer, unit, &unit.moments.second, SECOND, mesh)?;
         }
-        let pieces = model.finish()?.into_iter().chain(optimizer.finish()?);
+        let flushing = |file: &str| mesh.activity.at(format_args!("flushing {file}"));
+        let pieces = model.finish(flushing)?.into_iter();
+        let pieces = pieces.chain(optimizer.finish(flushing)?);
         Ok(pieces.map(Written::from).collect())
     }
 }
@@ -211,6 +213,8 @@ fn write_buffer(
     let own = share(0..layout.shard_len(), replica, replicas);
     for begin in own.clone().step_by(AT_ONCE) {
         let here = begin..own.end.min(begin + AT_ONCE);
+        mesh.activity
+            .at(format_args!("{:?}{kind} from {begin}", unit.unit));
         let values = read_f32(&buffer.clone().slice([here.clone()]))?;
         for piece in &pieces {
             let (from, to) = (piece.at.max(here.start), piece.end().min(here.end));
