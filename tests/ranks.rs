@@ -258,15 +258,16 @@ fn a_rank_that_does_not_move_ends_all_and_is_named() {
         without_moves(&sets, "hang:1:1", 1, "has not moved for 5 s at: step 1");
         let sets = [five, "parallel.context=2"];
         without_moves(&sets, "hang:1:8", 6, "has not moved for 5 s at: step 8");
+        let (run, sets) = (Run::new(12), ["--set", two]);
+        let mut launch = run.launch(2, &sets);
+        let output = launch.env("TTT_REHEARSE", "task:1:8:6").output();
+        let output = output.expect("run ttt");
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(run.steps().len(), 12);
     });
-    let (run, sets) = (Run::new(12), ["--set", two]);
-    let mut launch = run.launch(2, &sets);
-    let output = launch.env("TTT_REHEARSE", "task:1:8:6").output();
-    let output = output.expect("run ttt");
-    assert!(output.status.success(), "{}", stderr(&output));
-    assert_eq!(run.steps().len(), 12);
     // What cannot be rehearsed is refused, so the two above were.
-    let mut launch = run.launch(2, &sets);
+    let run = Run::new(12);
+    let mut launch = run.launch(2, &[]);
     let output = launch.env("TTT_REHEARSE", "rest:1:8").output();
     let said = stderr(&output.expect("run ttt"));
     assert!(said.contains("expected hang:RANK:STEP"), "{said}");

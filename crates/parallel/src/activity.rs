@@ -23,8 +23,8 @@ struct State {
     tasks: BTreeMap<u64, (Patience, String)>,
     /// Is told of every place, to mark it in what the device has to do.
     mark: Option<fn()>,
-    /// Marks that the device has come to.
-    passed: u64,
+    /// Marks that the device has come to, and those before it.
+    marks: (u64, usize),
 }
 
 /// How long a thread may stand still in what it does; the more patient are greater.
@@ -46,7 +46,8 @@ pub(crate) enum Patience {
 pub(crate) struct Seen {
     /// Where the thread is, and in which task.
     pub what: String,
-    /// Changes with every move of the thread and every mark that the device passes.
+    /// Changes with every mark that the device passes and, while none is before it, with every move of the
+    /// thread: one that is ahead of its device says nothing of it.
     pub moves: u64,
     /// Whether the thread waits for another rank.
     pub waits: bool,
@@ -122,9 +123,9 @@ impl Activity {
         self.lock().mark = Some(mark);
     }
 
-    /// The device has passed so many marks by now.
-    pub(crate) fn passed(&self, marks: u64) {
-        self.lock().passed = marks;
+    /// The device has passed so many marks by now, and so many are before it.
+    pub(crate) fn marks(&self, passed: u64, left: usize) {
+        self.lock().marks = (passed, left);
     }
 
     pub(crate) fn look(&self) -> Seen {
@@ -135,10 +136,11 @@ impl Activity {
             Some((begun, (_, task))) if begun > came => task.clone(),
             Some((_, (_, task))) => format!("{task}, {at}"),
         };
+        let (passed, left) = state.marks;
         let patience = state.tasks.values().map(|(patience, _)| *patience);
         Seen {
             what,
-            moves: state.moves + state.passed,
+            moves: passed + if left == 0 { state.moves } else { 0 },
             waits: state.waits > 0,
             patience: patience.max().unwrap_or_default(),
         }

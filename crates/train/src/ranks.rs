@@ -234,7 +234,7 @@ fn signs(kind: DeviceKind) -> DeviceSigns {
         DeviceKind::Cuda => DeviceSigns {
             waits: ttt_kernels::cuda::event::waits_for_others,
             mark: ttt_kernels::cuda::event::mark,
-            passed: ttt_kernels::cuda::event::marks_passed,
+            marks: ttt_kernels::cuda::event::marks,
         },
     }
 }

@@ -173,12 +173,12 @@ pub(super) fn keep_mark(stream: CUstream) {
     marks.coming.push_back(event);
 }
 
-/// How many marks the device has passed. May be asked by a thread of its own while others wait for the
-/// device.
-pub fn marks_passed() -> u64 {
+/// How many marks the device has passed, and how many are before it. May be asked by a thread of its own
+/// while others wait for the device.
+pub fn marks() -> (u64, usize) {
     let mut marks = locked(&MARKS);
     let Some(marks) = &mut *marks else {
-        return 0;
+        return (0, 0);
     };
     // SAFETY: the context of the device thread, which is not given back while the process lives.
     if unsafe { ctx::set_current(marks.context) }.is_ok() {
@@ -187,7 +187,7 @@ pub fn marks_passed() -> u64 {
             marks.passed += 1;
         }
     }
-    marks.passed
+    (marks.passed, marks.coming.len())
 }
 
 /// Makes the device stand still for ever behind the work it has: to rehearse what happens then.

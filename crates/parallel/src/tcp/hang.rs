@@ -5,9 +5,9 @@
 //! from one move to the next, and not while the main thread waits for another rank ([`Activity`]). At the
 //! limit the rank says to all that it hangs, and all end.
 //!
-//! **A move** is a place that the main thread comes to, several in a block; or a mark that the device comes
-//! to, one per place: a GPU's host is ahead of it and then waits for it, as long as a step at a time, in
-//! which the GPU passes all the marks of that step. Where the device waits for those of other ranks, a
+//! **A move** is a place that the main thread comes to, several in a block. A GPU's host is ahead of it,
+//! and waits for it as long as a step at a time; so there is a mark for every place in what the GPU has to
+//! do, and while some are before it, passing one is the only move. Where the device waits for those of other ranks, a
 //! move of another rank is one, too: who is faster than the others does not hang.
 //!
 //! **The limit** is the deadline of silence, or [`SLOWER`] times the longest time between two moves so far,
@@ -93,11 +93,13 @@ pub(super) fn hear(heard: &Heard, rank: usize, said: Option<Said>) {
     heard[rank] = said;
 }
 
-/// Rank `rank` has sent something else since: what it was busy with is over, or it will say so again.
+/// Rank `rank` has sent something else since, which is a move: what it was busy with is over, or it will
+/// say so again.
 pub(super) fn went_on(heard: &Heard, rank: usize) {
     let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(said) = &mut heard[rank] {
         said.patience = Patience::Usual;
+        said.moves = said.moves.wrapping_add(1);
     }
 }
 
@@ -115,8 +117,8 @@ pub struct DeviceSigns {
     pub waits: fn() -> bool,
     /// Marks the place that the main thread has come to in what the device has to do.
     pub mark: fn(),
-    /// Marks that it has passed.
-    pub passed: fn() -> u64,
+    /// How many marks it has passed, and how many are before it.
+    pub marks: fn() -> (u64, usize),
 }
 
 impl DeviceSigns {
@@ -124,7 +126,7 @@ impl DeviceSigns {
     pub const NONE: Self = Self {
         waits: || false,
         mark: || (),
-        passed: || 0,
+        marks: || (0, 0),
     };
 }
 
@@ -144,7 +146,7 @@ struct Around {
 struct Clock {
     deadline: Duration,
     moves: u64,
-    around: u64,
+    around: Around,
     still: Duration,
     /// Whether the time since the last move tells how long this rank takes by itself.
     tells: bool,
@@ -157,7 +159,7 @@ impl Clock {
         Self {
             deadline,
             moves: 0,
-            around: 0,
+            around: Around::default(),
             still: Duration::ZERO,
             tells: true,
             slowest: Duration::ZERO,
@@ -166,13 +168,15 @@ impl Clock {
 
     /// Looks again after `passed`; how far beyond the limit the clock is.
     fn look(&mut self, seen: &Seen, around: &Around, passed: Duration) -> Option<Duration> {
-        let mut moved = seen.moves != self.moves;
+        // A wait of the device that is over was its last move.
+        let mut moved =
+            seen.moves != self.moves || (self.around.device_waits && !around.device_waits);
         let mut patience = seen.patience;
         if around.device_waits {
-            moved |= around.moves != self.around;
+            moved |= around.moves != self.around.moves;
             patience = patience.max(around.patience);
         }
-        (self.moves, self.around) = (seen.moves, around.moves);
+        (self.moves, self.around) = (seen.moves, *around);
         if moved || seen.waits || patience == Patience::Endless {
             if self.tells {
                 self.slowest = self.slowest.max(self.still);
@@ -214,7 +218,8 @@ impl Watched {
         while !self.mailbox.over_within(clock.between()) {
             let passed = last.elapsed();
             last = Instant::now();
-            self.activity.passed((self.device.passed)());
+            let (marks, left) = (self.device.marks)();
+            self.activity.marks(marks, left);
             let (seen, around) = (self.activity.look(), self.around());
             if let Some(beyond) = clock.look(&seen, &around, passed) {
                 if around.device_waits && beyond < FIRST.max(2 * clock.between()) {
@@ -307,9 +312,21 @@ mod tests {
             }
         };
         assert_eq!(alone(&activity, moves_twice), Some(30));
-        // A device that goes on is a move, too.
-        let passes_marks = |look: u32| activity.passed(u64::from(look.min(300)));
-        assert_eq!(alone(&activity, passes_marks), Some(320));
+    }
+
+    /// While the device has marks before it, it must pass some, whatever the main thread does.
+    #[test]
+    fn a_device_that_does_not_go_on_is_seen() {
+        for (left, moves_until, end) in [(1, 0, 120), (1, 500, 120), (0, 500, 520)] {
+            let activity = Activity::default();
+            let each = |look: u32| {
+                activity.marks(u64::from(look.min(100)), left);
+                if look <= moves_until {
+                    activity.at("another block");
+                }
+            };
+            assert_eq!(alone(&activity, each), Some(end), "{left} {moves_until}");
+        }
     }
 
     #[test]
@@ -407,8 +424,8 @@ mod tests {
             patience: Patience::Long,
             moves: u64::from(look >= 100),
         });
-        // As long in all as a rank may that does not wait.
-        assert_eq!(end, Some(100));
+        // The end of the wait was a move.
+        assert_eq!(end, Some(120));
         assert_eq!(clock.slowest, Duration::ZERO);
     }
 

@@ -30,8 +30,9 @@ pub struct ParallelConfig {
     pub context_payload: Payload,
     /// What travels for attention without a window.
     pub context_attention: AttentionExchange,
-    /// Seconds of silence, or without a move where one is due (at least four times the slowest step so far),
-    /// after which a rank is given up and all others end.
+    /// Seconds of silence, or without a move (at least four times the longest time between two moves so far;
+    /// ten times as long in a declared task such as saving), after which a rank is given up and all others
+    /// end. A rank moves several times per block.
     pub timeout_s: u64,
 }
 
