@@ -208,7 +208,7 @@ fn train_on(
     let tokens_per_step = config.train.batch_tokens as u64;
     let nominal = 1.0 / config.train.batch_tokens as f64;
     let begin = at.step;
-    // A GPU's first step compiles and tunes; a CPU's tells what is usual.
+    // Others would wait for it. A GPU's compiles and tunes; a CPU's tells what is usual.
     let mut first_step = Some(match config.run.device {
         DeviceKind::Cpu => mesh.activity.first("the first step"),
         DeviceKind::Cuda => mesh.activity.long("the first step"),
@@ -283,9 +283,9 @@ fn train_on(
             state_ratios,
             sent: (ranks.count() > 1).then(|| sent.values().sum()),
         })?;
-        if first_step.is_some() {
+        if first {
             report.flush()?;
-            first_step = None;
+            drop(first_step.take());
         }
 
         // Evaluate and save.
