@@ -213,6 +213,7 @@ fn train_on(
         DeviceKind::Cpu => mesh.activity.first("the first step"),
         DeviceKind::Cuda => mesh.activity.long("the first step"),
     });
+    let mut evaluated = false;
     ranks.started();
     while at.step < steps {
         let step = at.step;
@@ -294,6 +295,9 @@ fn train_on(
             && (last || at.step.is_multiple_of(config.eval.every))
         {
             report.flush()?;
+            // It compiles what training has no use for; those after it are as fast as a step.
+            let again = std::mem::replace(&mut evaluated, true);
+            let _compiles = (!again).then(|| mesh.activity.long("the first evaluation"));
             let length = config.train.sequence_length;
             let (rows, at_once) = (config.eval.rows, config.train.micro_batch_rows);
             let result = evaluate(&mut model, validation, length, rows, at_once, &mesh)?;
