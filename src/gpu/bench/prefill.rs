@@ -71,8 +71,9 @@ impl Values {
             let own = drawn.clone() * 1.0;
             let mut end = 0;
             flat.extend(specs[params].iter().map(|spec| {
+                let begin = end;
                 end += spec.len();
-                own.clone().slice([end - spec.len()..end])
+                own.clone().narrow(0, begin, spec.len())
             }));
         }
         Params::new(specs, flat)
