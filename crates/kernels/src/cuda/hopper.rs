@@ -24,8 +24,8 @@ const SHARED: usize = STAGES * 2 * TILE * DEPTH * 2 + 1024;
 /// A product of this process ran on a kernel of this file.
 static RAN: AtomicBool = AtomicBool::new(false);
 
-/// Whether [`Context::learned_product_backward`] has a kernel for pieces of these sizes, as far as the host
-/// knows: once one of these kernels has run.
+/// Whether [`Context::learned_product_backward`] has a kernel for pieces of these sizes, at most 32 of a
+/// group, as far as the host knows: once one of these kernels has run.
 pub fn learned_fits(pieces: &[usize], d: usize, f: usize) -> bool {
     let whole = |piece: &usize| piece.is_multiple_of(2 * TILE);
     RAN.load(Ordering::Relaxed)
@@ -144,7 +144,8 @@ impl Context<'_> {
             .launch_clusters("product_gated_backward", &args)
     }
 
-    /// Back through SwiGLU where the down projection learned: dZ = dy Wᵢ + v Gᵢ for piece i of `piece` tokens.
+    /// Back through SwiGLU where the down projection learned: dZ = dy Wᵢ + v Gᵢ for piece i of `piece` tokens;
+    /// without v Gᵢ where bit i of `gets` is not set: Gᵢ is then not read.
     /// The gradients of gate and up side by side `[T, 2F]` into `dpair`. dy, v `[T, D]`; weights, sums
     /// `[T / piece · D, F]`, those of the pieces one below the other; pair `[T, 2F]`. Returns whether there is a
     /// kernel for them; else nothing was done.
@@ -152,11 +153,13 @@ impl Context<'_> {
         &mut self,
         [dy, v]: [Matrix; 2],
         [weights, sums]: [Matrix; 2],
-        piece: usize,
+        (piece, gets): (usize, u32),
         (dpair, pair): (u64, u64),
     ) -> Result<bool, String> {
         let (d, f) = (dy.columns, weights.columns);
+        // The two blocks of a cluster, on neighbouring tiles of rows, are then in one piece.
         let whole = piece.is_multiple_of(2 * TILE) && dy.rows.is_multiple_of(piece);
+        let whole = whole && dy.rows / piece <= u32::BITS as usize;
         let all = [&dy, &v, &weights, &sums];
         if !whole || !fits(self, &all, &[pair, dpair], d, f) {
             return Ok(false);
@@ -172,8 +175,10 @@ impl Context<'_> {
             Arg::Int(f as i32),
             Arg::Int(2 * d as i32),
             Arg::Int(piece as i32),
+            Arg::Bits(gets),
         ];
-        self.doing(Work::Flops(4.0 * dy.rows as f64 * (f * d) as f64))
+        let rows = dy.rows + gets.count_ones() as usize * piece;
+        self.doing(Work::Flops(2.0 * rows as f64 * (f * d) as f64))
             .launch_clusters("product_learned_backward", &args)
     }
 

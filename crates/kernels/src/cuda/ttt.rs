@@ -15,12 +15,16 @@ use super::gemm::Matrix;
 use super::norm::sum_partials;
 use super::stream::{Arg, Buffer, Context, on_stream};
 use crate::packing::{Piece, Write};
+use crate::work::Work;
 
 mod backward;
 mod forward;
+mod selection;
 
-pub use backward::{Backward, States};
+pub use backward::{Backward, Kept};
 pub use forward::Forward;
+pub use selection::leave_out_always;
+use selection::{Run, runs};
 
 /// Bytes of each slab of piece weights.
 const SLAB: usize = 256 << 20;
@@ -93,6 +97,11 @@ impl Group<'_> {
 
     fn replaces(&self) -> u32 {
         self.mask(|p| p.write == Write::Replace)
+    }
+
+    /// Pieces whose VᵀZ is read.
+    fn writes(&self) -> u32 {
+        self.adds() | self.replaces()
     }
 
     fn last(&self) -> &Piece {
@@ -176,6 +185,11 @@ impl Sizes {
         self.d * self.f
     }
 
+    /// What a kernel moves that reads or writes so many matrices of bf16 and of f32.
+    fn moves(&self, bf16: u32, f32: u32) -> Work {
+        Work::Bytes(self.elements() as f64 * f64::from(2 * bf16 + 4 * f32))
+    }
+
     /// Thread blocks over a state: one thread per eight elements.
     fn blocks(&self) -> usize {
         self.elements().div_ceil(8 * 256)
@@ -239,20 +253,27 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// VᵀZ of the group's pieces, if any is written, into the slab.
+    /// What a kernel moves that reads W0 once, and so many matrices besides.
+    fn moves_and_w0(&self, bf16: u32, f32: u32) -> Work {
+        match self.w0_is_f32 {
+            Arg::Int(0) => self.s.moves(bf16 + 1, f32),
+            _ => self.s.moves(bf16, f32 + 1),
+        }
+    }
+
+    /// VᵀZ of the group's pieces that are `wanted` into the slab; what it holds of others is unknown.
     fn updates(
         &self,
         cx: &mut Context,
         row: usize,
         group: &Group,
         slab: u64,
+        wanted: u32,
     ) -> Result<(), String> {
-        if group.adds() | group.replaces() == 0 {
-            return Ok(());
-        }
-        let v = self.s.rows(self.v, row, group, self.s.d);
+        let v = self.s.rows(self.v, row, group, self.s.d).t();
         let z = self.s.rows(self.z, row, group, self.s.f);
-        cx.gemm(v.t(), z, self.s.slots(slab, group), 1.0, 0.0)
+        let runs = runs(wanted, [&v, &z], cx.processors()?);
+        products(cx, &runs, [v, z, self.s.slots(slab, group)], 0.0)
     }
 
     /// The group's VᵀZ from the slab on into `state` (0: none before, none kept); the slab then holds the
@@ -265,6 +286,7 @@ impl<'a> Pass<'a> {
         (squares, partial): (u64, u64),
     ) -> Result<(), String> {
         let ends = group.ends();
+        let pieces = group.pieces.len() as i32;
         let args = [
             Arg::Ptr(slab),
             Arg::Ptr(state),
@@ -272,14 +294,22 @@ impl<'a> Pass<'a> {
             Arg::Ptr(self.w0),
             self.w0_is_f32,
             Arg::Float(self.lr),
-            Arg::Int(group.pieces.len() as i32),
+            Arg::Int(pieces),
             Arg::Bits(group.reads()),
             Arg::Bits(group.adds()),
             Arg::Bits(group.replaces()),
             Arg::Bits(ends),
             Arg::Size(self.s.elements() as u64),
         ];
-        cx.launch("scan_forward", self.s.grid(), 256, &args)?;
+        // A state, if there is one, there and back.
+        let states = if state == 0 { 0 } else { 2 };
+        let slots = group.writes().count_ones() + pieces as u32;
+        cx.doing(self.moves_and_w0(slots, states)).launch(
+            "scan_forward",
+            self.s.grid(),
+            256,
+            &args,
+        )?;
         match ends.count_ones() as usize {
             0 => Ok(()),
             count => sum_partials(cx, squares, partial, self.s.blocks(), count),
@@ -301,8 +331,22 @@ impl<'a> Pass<'a> {
             Arg::Bits(group.replaces()),
             Arg::Size(self.s.elements() as u64),
         ];
-        cx.launch("scan_state", self.s.grid(), 256, &args)
+        cx.doing(self.s.moves(group.writes().count_ones(), 2))
+            .launch("scan_state", self.s.grid(), 256, &args)
     }
+}
+
+/// `a` `b` + `beta` `c` into `c` for the pieces of `runs`.
+fn products(
+    cx: &mut Context,
+    runs: &[Run],
+    [a, b, c]: [Matrix; 3],
+    beta: f32,
+) -> Result<(), String> {
+    for run in runs {
+        cx.gemm(run.of(a), run.of(b), run.of(c), 1.0, beta)?;
+    }
+    Ok(())
 }
 
 /// aᵀ b of the tokens `range` of row `row`, f32: a `[B, N, D]`, b `[B, N, F]` bf16 → `[D, F]`.

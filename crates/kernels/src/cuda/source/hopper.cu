@@ -138,12 +138,13 @@ enum { GATED = 0, GATED_BACKWARD = 1, LEARNED_BACKWARD = 2 };
 // GATED_BACKWARD. B: [K, F] row-major, C = dZ, N = F. in: gate and up side by side; out0 ← their gradients,
 //   out1 ← Z.
 // LEARNED_BACKWARD. Two products into the same sums, each of half of K: C = A B + A' B', where each `piece`
-//   rows of A and A' have matrices B and B' [K/2, F] of their own, one below the other. Else as
-//   GATED_BACKWARD, without out1.
+//   rows of A and A' have matrices B and B' [K/2, F] of their own, one below the other. A' B' is left out of
+//   piece i, and that B' not read, unless bit i of `second` is set. Else as GATED_BACKWARD, without out1.
 //
-// The two blocks of a cluster take tiles one below the other; each loads half of the B that both use.
+// The two blocks of a cluster take tiles one below the other; each loads half of the B that both use. A piece
+// is a multiple of two tiles, so that both are in the same and equally deep.
 template <int FORM>
-__device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap *map_a1, const TensorMap *map_b0, const TensorMap *map_b1, u16 *out0, u16 *out1, const u16 *in, int m, int f, int k, int piece) {
+__device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap *map_a1, const TensorMap *map_b0, const TensorMap *map_b1, u16 *out0, u16 *out1, const u16 *in, int m, int f, int k, int piece, u32 second) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 2];
     const u32 tiles = (shared_at(memory) + 1023) & ~1023u;
@@ -167,6 +168,8 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
         const int rows = min(GROUP, down - band * GROUP);
         row = 2 * (band * GROUP + within % rows) + rank, column = within / rows;
     };
+    // Blocks of a tile's depth.
+    auto depth = [&](int row) { return FORM != LEARNED_BACKWARD || second >> (row * TILE / piece) & 1 ? blocks : blocks / 2; };
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 0) {
@@ -175,7 +178,8 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
             for (int tile = blockIdx.x / 2; tile < all; tile += clusters) {
                 int row, column;
                 place(tile, row, column);
-                for (int b = 0; b < blocks; b++) {
+                const int deep = depth(row);
+                for (int b = 0; b < deep; b++) {
                     barrier_wait(empty + 8 * stage, phase);
                     const u32 here = full + 8 * stage, a = tiles + stage * 2 * TILE_BYTES;
                     const u32 to = a + TILE_BYTES + rank * (TILE_BYTES / 2);
@@ -187,10 +191,10 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
                         load_box(a, map_a, b * DEPTH, row * TILE, here);
                         load_box_for_both(to, map_b0, column * TILE + 64 * rank, b * DEPTH, here);
                     } else {
-                        const bool second = b >= blocks / 2;
-                        const int from = (second ? b - blocks / 2 : b) * DEPTH;
-                        load_box(a, second ? map_a1 : map_a, from, row * TILE, here);
-                        load_box_for_both(to, second ? map_b1 : map_b0, column * TILE + 64 * rank, row * TILE / piece * (k / 2) + from, here);
+                        const bool other = b >= blocks / 2;
+                        const int from = (other ? b - blocks / 2 : b) * DEPTH;
+                        load_box(a, other ? map_a1 : map_a, from, row * TILE, here);
+                        load_box_for_both(to, other ? map_b1 : map_b0, column * TILE + 64 * rank, row * TILE / piece * (k / 2) + from, here);
                     }
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
@@ -199,12 +203,15 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         const int own = group - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-        u32 step = 0; // blocks of all tiles before this one
+        u32 step = 0; // blocks of all tiles up to the one at hand
         u32 opened = own ^ 1;
-        for (int tile = blockIdx.x / 2, next = 0; tile < all; tile += clusters, next ^= 1, step += blocks) {
-            if (next != own) continue;
+        for (int tile = blockIdx.x / 2, next = 0; tile < all; tile += clusters, next ^= 1) {
             int row, column;
             place(tile, row, column);
+            const int deep = depth(row);
+            const u32 before = step;
+            step += deep;
+            if (next != own) continue;
             // Four passes over the tile's rows: this thread's line of pass i.
             auto line = [&](int i) { return (u64)(row * TILE + i / 2 * 64 + warp * 16 + lane / 4 + i % 2 * 8); };
             uint4 gate[4], up[4];
@@ -226,8 +233,8 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
             auto release = [&](u32 at) {
                 if (thread < 2) barrier_arrive_in(empty + 8 * (at % STAGES), thread);
             };
-            for (int b = 0; b < blocks; b++) {
-                const u32 at = step + b, stage = at % STAGES, phase = at / STAGES & 1;
+            for (int b = 0; b < deep; b++) {
+                const u32 at = before + b, stage = at % STAGES, phase = at / STAGES & 1;
                 barrier_wait(full + 8 * stage, phase);
                 const u32 a = tiles + stage * 2 * TILE_BYTES, c = a + TILE_BYTES;
                 fence_sums(sums[0]), fence_sums(sums[1]);
@@ -249,7 +256,7 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
             if (thread == 0) barrier_arrive(turn + 8 * (own ^ 1));
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             fence_sums(sums[0]), fence_sums(sums[1]);
-            release(step + blocks - 1);
+            release(step - 1);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const u64 l = line(i);
@@ -297,15 +304,15 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_gated(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, u16 *pair, u16 *z, int m, int f, int k) {
-    product<GATED>(&a, &a, &gate, &up, pair, z, nullptr, m, f, k, m);
+    product<GATED>(&a, &a, &gate, &up, pair, z, nullptr, m, f, k, m, 0);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_gated_backward(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap down, u16 *dpair, u16 *z, const u16 *pair, int m, int f, int k) {
-    product<GATED_BACKWARD>(&dy, &dy, &down, &down, dpair, z, pair, m, f, k, m);
+    product<GATED_BACKWARD>(&dy, &dy, &down, &down, dpair, z, pair, m, f, k, m, 0);
 }
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_learned_backward(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap sums, u16 *dpair, const u16 *pair, int m, int f, int k, int piece) {
-    product<LEARNED_BACKWARD>(&dy, &v, &weights, &sums, dpair, nullptr, pair, m, f, k, piece);
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_learned_backward(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap sums, u16 *dpair, const u16 *pair, int m, int f, int k, int piece, u32 second) {
+    product<LEARNED_BACKWARD>(&dy, &v, &weights, &sums, dpair, nullptr, pair, m, f, k, piece, second);
 }
 
 #endif

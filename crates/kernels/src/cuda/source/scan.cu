@@ -5,10 +5,14 @@
 #define AHEAD 4
 
 // Calls visit(i, x) with this thread's eight elements of each piece of `slab`, from the first to the last
-// or BACK from the last to the first; visit may overwrite them.
+// or BACK from the last to the first; visit may overwrite them. Pieces that are not in `there` hold anything
+// and are given as zeros.
 template <bool BACK, class Visit>
-__device__ __forceinline__ void for_pieces(const u16 *slab, int pieces, u64 n, u64 at, Visit visit) {
-    auto load = [&](int step) { return *(const uint4 *)(slab + (u64)(BACK ? pieces - 1 - step : step) * n + at); };
+__device__ __forceinline__ void for_pieces(const u16 *slab, int pieces, u32 there, u64 n, u64 at, Visit visit) {
+    auto load = [&](int step) {
+        const int i = BACK ? pieces - 1 - step : step;
+        return there >> i & 1 ? *(const uint4 *)(slab + (u64)i * n + at) : make_uint4(0, 0, 0, 0);
+    };
     uint4 ring[AHEAD];
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
@@ -30,8 +34,8 @@ __device__ __forceinline__ void take(F8 &s, const F8 &d, bool add, bool replace)
     for (int j = 0; j < 8; j++) s.v[j] = add ? s.v[j] + d.v[j] : replace ? d.v[j] : s.v[j];
 }
 
-// In: slab = VᵀZ of each piece. Out: slab = bf16(W0 + η S) with S the state that the piece reads
-// (bit in `reads`); S after the last piece, unless `state` is null: then S begins as zero and is not kept.
+// In: slab = VᵀZ of each piece that adds or replaces. Out: slab = bf16(W0 + η S) of every piece, with S the
+// state that it reads (bit in `reads`); S after the last piece, unless `state` is null: then S begins as zero and is not kept.
 // A piece then adds to S, replaces it, or leaves it. partial[block, k]: Σ S² behind the k-th piece of `ends`.
 extern "C" __global__ void scan_forward(u16 *slab, float *state, float *partial, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u32 ends, u64 n) {
     __shared__ float shared[32];
@@ -41,7 +45,7 @@ extern "C" __global__ void scan_forward(u16 *slab, float *state, float *partial,
     if (state) s = load8(state + at);
     const F8 w = load8_as(w0, at, w0_f32);
     float *out = partial + (u64)blockIdx.x * __popc(ends);
-    for_pieces<false>(slab, pieces, n, at, [&](int i, const F8 &d) {
+    for_pieces<false>(slab, pieces, adds | replaces, n, at, [&](int i, const F8 &d) {
         const bool read = reads >> i & 1;
         F8 r;
 #pragma unroll
@@ -65,17 +69,18 @@ extern "C" __global__ void scan_state(const u16 *slab, float *state, int pieces,
     const u64 at = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x);
     if (at >= n) return;
     F8 s = load8(state + at);
-    for_pieces<false>(slab, pieces, n, at, [&](int i, const F8 &d) { take(s, d, adds >> i & 1, replaces >> i & 1); });
+    for_pieces<false>(slab, pieces, adds | replaces, n, at, [&](int i, const F8 &d) { take(s, d, adds >> i & 1, replaces >> i & 1); });
     store8(state + at, s);
 }
 
-// In: weights = VᵀZ, sums = dOᵀZ of each piece. Out: weights = bf16(W0 + η S), S what the piece read;
-// sums = bf16(η G) (bit in `gets`, else 0), G the sum of dOᵀZ over the pieces that read what it wrote.
+// In: weights = VᵀZ of each piece that adds (without a state: or replaces), sums = dOᵀZ of each. Out: weights =
+// bf16(W0 + η S) of each, S what the piece read; sums = bf16(η G) (bit in `gets`, else 0) of each in `taken`, G
+// the sum of dOᵀZ over the pieces that read what it wrote.
 // With a state, S after the last piece, the pieces that added are taken off it on the way back, and `later` is
 // G behind the last piece. Without, S and G begin as zero with each document; `weights` may then be null, where
 // they are known. G goes on from the old G (bit in `keeps`) plus the piece's own sum where the piece reads.
-// dw0 gathers every piece.
-extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, float *later, float *dw0, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u32 gets, u32 keeps, u64 n) {
+// dw0 gathers every piece, on top of what it holds if it `holds` anything.
+extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, float *later, float *dw0, int holds, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u32 gets, u32 keeps, u32 taken, u64 n) {
     const u64 at = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x);
     if (at >= n) return;
     F8 w = {};
@@ -90,7 +95,7 @@ extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, 
     F8 s = {}, g = {};
     if (state) {
         s = load8(state + at), g = load8(later + at);
-        for_pieces<true>(weights, pieces, n, at, [&](int i, const F8 &d) {
+        for_pieces<true>(weights, pieces, adds, n, at, [&](int i, const F8 &d) {
             const bool add = adds >> i & 1;
 #pragma unroll
             for (int j = 0; j < 8; j++) s.v[j] = add ? s.v[j] - d.v[j] : s.v[j];
@@ -98,13 +103,14 @@ extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, 
         });
         store8(state + at, s);
     } else if (weights) {
-        for_pieces<false>(weights, pieces, n, at, [&](int i, const F8 &d) {
+        for_pieces<false>(weights, pieces, adds | replaces, n, at, [&](int i, const F8 &d) {
             put(i, s);
             take(s, d, adds >> i & 1, replaces >> i & 1);
         });
     }
-    F8 total = load8(dw0 + at);
-    for_pieces<true>(sums, pieces, n, at, [&](int i, const F8 &e) {
+    F8 total = {};
+    if (holds) total = load8(dw0 + at);
+    for_pieces<true>(sums, pieces, ~0u, n, at, [&](int i, const F8 &e) {
         const bool read = reads >> i & 1, get = gets >> i & 1, keep = keeps >> i & 1;
         F8 b;
 #pragma unroll
@@ -113,10 +119,21 @@ extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, 
             g.v[j] = read ? (keep ? g.v[j] : 0.f) + e.v[j] : g.v[j];
             total.v[j] += e.v[j];
         }
-        store8(sums + (u64)i * n + at, b);
+        if (taken >> i & 1) store8(sums + (u64)i * n + at, b);
     });
     if (state) store8(later + at, g);
     store8(dw0 + at, total);
+}
+
+// Zeros over those of `pieces`, each of n bf16, whose bit is set. Block (_, k) clears a part of the k-th.
+extern "C" __global__ void clear_pieces(u16 *pieces, u32 which, u64 n) {
+    for (int k = blockIdx.y; k; k--) which &= which - 1;
+    u16 *piece = pieces + (u64)(__ffs(which) - 1) * n;
+    const u64 own = (u64)blockIdx.x * blockDim.x + threadIdx.x, step = (u64)gridDim.x * blockDim.x;
+    const bool wide = (u64)piece % 16 == 0;
+    const u64 vectors = wide ? n / 8 : 0;
+    for (u64 i = own; i < vectors; i += step) ((uint4 *)piece)[i] = make_uint4(0, 0, 0, 0);
+    for (u64 i = 8 * vectors + own; i < n; i += step) piece[i] = 0;
 }
 
 // out[0] = √ max x, x ≥ 0; not a number where an x is not finite. One warp.

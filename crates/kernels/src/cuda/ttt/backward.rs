@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 
-use super::{Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs, matrices};
+use super::selection::{Run, covered, runs};
+use super::{Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs, matrices, products};
 use crate::cuda::gemm::Matrix;
 use crate::cuda::hopper::learned_fits;
 use crate::cuda::stream::{Arg, Buffer, Context, on_stream};
@@ -12,18 +13,24 @@ use crate::cuda::sublayer::through_swiglu;
 use crate::ops::ttt::Gradients;
 use crate::ops::ttt::carry::Exchange;
 use crate::packing::Write;
+use crate::work::Work;
 
-/// What the forward pass kept, f32 where a row has any.
+/// What the forward pass kept.
 #[derive(Debug)]
-pub struct States<'a> {
-    /// The state at the end of a row; used up.
+pub struct Kept<'a> {
+    /// The state at the end of a row, f32 where there is one; used up.
     pub last: &'a mut [Option<Tensor<2>>],
     /// The state that a row began with, where the document it belongs to is not the row's last.
     pub first: &'a [Option<Tensor<2>>],
+    /// The weights that the pieces of all rows read, if they are there.
+    pub weights: Option<&'a Tensor<3>>,
 }
 
 /// Elements of a buffer that stands for none.
 const NO_SCRATCH: usize = 8;
+
+/// Thread blocks that clear one piece.
+const CLEARING: u32 = 64;
 
 /// A backward pass and its memory.
 pub struct Backward<'a> {
@@ -38,17 +45,24 @@ pub struct Backward<'a> {
     /// G and S of the row at hand.
     later: Buffer,
     state: Buffer,
-    /// Slabs: of VᵀZ, then the weights that pieces read; of dOᵀZ, then of the sums of later pieces.
-    weights: Buffer,
+    /// Slabs: of VᵀZ, then the weights that pieces read, or those that were kept; of dOᵀZ, then of the
+    /// sums of later pieces.
+    weights: Weights,
     sums: Buffer,
-    /// The weights that the pieces of all rows read, if they were kept.
-    kept: Option<Buffer>,
     /// Of gate and up side by side `[T, 2F]`, which made Z: their values and their gradients.
     pair: Option<[Buffer; 2]>,
     /// dW0 holds a sum.
     begun: bool,
     /// The slabs hold the products of the group that is next.
     filled: bool,
+}
+
+/// The weights that pieces read.
+enum Weights {
+    /// Those of all rows.
+    Kept(Buffer),
+    /// Memory for those of one group.
+    Slab(Buffer),
 }
 
 /// Groups of a row that follow each other.
@@ -65,32 +79,41 @@ impl<'a> Backward<'a> {
     pub fn new(
         zv: [&Tensor<3>; 2],
         w0: &Tensor<2>,
-        states: States,
+        kept: Kept,
         dy: &Tensor<3>,
         shape: &'a Shape,
     ) -> Option<Self> {
         let i = inputs(zv, w0, shape)?;
-        let first = matrices(states.first)?;
+        let first = matrices(kept.first)?;
         let dy = Buffer::of(dy).filter(|b| b.dtype() == DType::BF16)?;
         let s = &i.sizes;
         let most = s.most(&shape.pieces);
-        let [dw0, later, state] = [(); 3].map(|()| i.z.empty([s.d, s.f], DType::F32));
-        let [weights, sums] = [(); 2].map(|()| i.z.empty([most, s.d, s.f], DType::BF16));
+        let rows: Vec<_> = shape.pieces.iter().map(|p| groups(p, most)).collect();
+        let slab = || i.z.empty([most, s.d, s.f], DType::BF16);
+        let weights = match kept.weights {
+            Some(weights) => Weights::Kept(Buffer::of(weights)?),
+            None => Weights::Slab(slab()),
+        };
+        // Where no group has a state, nothing is read or written there.
+        let state = match rows.iter().flatten().all(|group| group.whole) {
+            true => vec![NO_SCRATCH],
+            false => vec![s.d, s.f],
+        };
+        let [later, state] = [(); 2].map(|()| i.z.empty(state.clone(), DType::F32));
         // Copied before it is peeled: the tape may still hold the kept state.
-        let last = states.last.iter_mut();
-        let last = last.map(|kept| kept.take().and_then(|t| Buffer::of(&t)));
+        let last = kept.last.iter_mut();
+        let last = last.map(|state| state.take().and_then(|t| Buffer::of(&t)));
         Some(Self {
-            rows: shape.pieces.iter().map(|p| groups(p, most)).collect(),
+            dw0: i.z.empty([s.d, s.f], DType::F32),
+            sums: slab(),
+            rows,
             dv: i.v.empty(i.v.dims(), DType::BF16),
             last: last.collect(),
             first,
             dy,
-            dw0,
             later,
             state,
             weights,
-            sums,
-            kept: None,
             pair: None,
             begun: false,
             filled: false,
@@ -99,12 +122,10 @@ impl<'a> Backward<'a> {
         })
     }
 
-    /// On through the SwiGLU that made Z of `pair`, gate and up side by side `[T, 2F]`; `kept`: the weights
-    /// that the pieces of all rows read, if the forward pass kept them.
-    pub fn through(mut self, pair: &Buffer, kept: Option<Buffer>) -> Self {
+    /// On through the SwiGLU that made Z of `pair`, gate and up side by side `[T, 2F]`.
+    pub fn through(mut self, pair: &Buffer) -> Self {
         let dpair = pair.empty(pair.dims(), DType::BF16);
         self.pair = Some([pair.clone(), dpair]);
-        self.kept = kept;
         self
     }
 
@@ -169,12 +190,15 @@ impl<'a> Backward<'a> {
     /// The products of the first group that needs what returns, some before what others wait for is
     /// passed on, some after it.
     fn fill(&mut self, job: Option<&Job>, exchange: &mut Exchange) {
-        let Some(job) = job else { return };
+        // Of a group that needs what returns, no weights were kept.
+        let (Some(job), Weights::Slab(weights)) = (job, &self.weights) else {
+            return;
+        };
         let group = &self.rows[job.row][job.groups.end - 1];
         let (i, lr) = (&self.i, self.shape.lr);
         let reads = [&i.z, &i.v, &i.w0, &self.dy];
         for of_updates in [true, false] {
-            on_stream(&reads, &[&self.weights, &self.sums], |cx, from, to| {
+            on_stream(&reads, &[weights, &self.sums], |cx, from, to| {
                 let pass = Pass::new(i, from, lr);
                 let products = Products {
                     pass: &pass,
@@ -205,40 +229,42 @@ impl<'a> Backward<'a> {
             &self.dw0,
             &self.later,
             &self.state,
-            &self.weights,
             &self.sums,
         ];
-        let (kept, pair) = (&self.kept, &self.pair);
+        let pair = &self.pair;
         let has_scratch = dz.len() > NO_SCRATCH;
-        reads.extend(kept);
+        let known = match &self.weights {
+            Weights::Kept(weights) => {
+                reads.push(weights);
+                true
+            }
+            Weights::Slab(weights) => {
+                writes.push(weights);
+                false
+            }
+        };
         reads.extend(pair.iter().map(|[values, _]| values));
         writes.extend(pair.iter().map(|[_, gradients]| gradients));
         let rows = &self.rows;
-        let begun = std::mem::replace(&mut self.begun, true);
+        let mut begun = std::mem::replace(&mut self.begun, true);
         let mut filled = std::mem::take(&mut self.filled);
         on_stream(&reads, &writes, |cx, from, to| {
             let dy = from[3];
-            let (dz, dv, dw0, later, state) = (to[0], to[1], to[2], to[3], to[4]);
+            let (dz, dv, dw0, later, state, sums) = (to[0], to[1], to[2], to[3], to[4], to[5]);
             let mut at = 4;
             let [last, first, behind] = lists.map(|list| addresses(list, from, &mut at));
             let scratch = has_scratch.then_some(dz);
-            let known = kept.is_some();
-            let (weights, sums) = match known {
-                true => (from[at], to[6]),
-                false => (to[5], to[6]),
-            };
-            let pair = pair
-                .as_ref()
-                .map(|_| (from[at + usize::from(known)], to[7]));
+            let weights = if known { from[at] } else { to[6] };
+            let pair = pair.as_ref().map(|_| match known {
+                true => (from[at + 1], to[6]),
+                false => (from[at], to[7]),
+            });
             let pass = Pass::new(i, from, lr);
             let products = Products {
                 pass: &pass,
                 dy,
                 slabs: (weights, sums),
             };
-            if !begun {
-                cx.zero(dw0, 4 * s.elements())?;
-            }
             for job in jobs {
                 let row = job.row;
                 let all = &rows[row];
@@ -260,7 +286,7 @@ impl<'a> Backward<'a> {
                         }
                         let of_document = |g: &&Group| g.last().range.end > start;
                         for earlier in all[..=at].iter().filter(of_document) {
-                            pass.updates(cx, row, earlier, weights)?;
+                            pass.updates(cx, row, earlier, weights, earlier.writes())?;
                             pass.state(cx, earlier, (weights, state))?;
                         }
                         has_state = true;
@@ -273,16 +299,22 @@ impl<'a> Backward<'a> {
                         }
                         products.gradients(cx, row, group)?;
                     }
+                    let taken = products.taken(cx, row, group, gets)?;
                     let slabs = (if known { 0 } else { weights }, sums);
-                    pass.gradients(cx, group, slabs, [state, later, dw0], (gets, keeps))?;
+                    let dw0 = (dw0, std::mem::replace(&mut begun, true));
+                    let masks = [gets, keeps, covered(&taken)];
+                    pass.gradients(cx, group, slabs, ([state, later], dw0), masks)?;
                     match pair {
-                        Some(pair) => products.through(cx, row, group, (pair, scratch), gets)?,
+                        Some(pair) => {
+                            let at = (pair, scratch);
+                            products.through(cx, row, group, at, (gets, &taken))?;
+                        }
                         None => {
                             let dz = s.rows(dz, row, group, s.f);
-                            products.inner(cx, row, group, dz, gets)?;
+                            products.inner(cx, row, group, dz, &taken)?;
                         }
                     }
-                    products.targets(cx, row, group, dv, gets)?;
+                    products.targets(cx, row, group, dv, &taken)?;
                 }
             }
             Ok(())
@@ -323,10 +355,24 @@ struct Products<'a> {
 impl Products<'_> {
     /// VᵀZ of the pieces that were added, or, to sum them again, of all that were written.
     fn updates(&self, cx: &mut Context, row: usize, group: &Group) -> Result<(), String> {
-        match group.adds() {
-            0 if !group.whole => Ok(()),
-            _ => self.pass.updates(cx, row, group, self.slabs.0),
-        }
+        let wanted = match group.whole {
+            true => group.writes(),
+            false => group.adds(),
+        };
+        self.pass.updates(cx, row, group, self.slabs.0, wanted)
+    }
+
+    /// The pieces that are multiplied by ηG: those that get one, and others, whose G is then zero, where
+    /// that is faster.
+    fn taken(
+        &self,
+        cx: &mut Context,
+        row: usize,
+        group: &Group,
+        gets: u32,
+    ) -> Result<Vec<Run>, String> {
+        let [z, sums] = self.of_targets(row, group);
+        Ok(runs(gets, [&z, &sums], cx.processors()?))
     }
 
     /// dOᵀZ of all.
@@ -344,15 +390,13 @@ impl Products<'_> {
         row: usize,
         group: &Group,
         dz: Matrix,
-        gets: u32,
+        taken: &[Run],
     ) -> Result<(), String> {
         let s = self.pass.s;
         let (weights, sums) = (s.slots(self.slabs.0, group), s.slots(self.slabs.1, group));
         cx.gemm(s.rows(self.dy, row, group, s.d), weights, dz, 1.0, 0.0)?;
-        match gets {
-            0 => Ok(()),
-            _ => cx.gemm(s.rows(self.pass.v, row, group, s.d), sums, dz, 1.0, 1.0),
-        }
+        let v = s.rows(self.pass.v, row, group, s.d);
+        products(cx, taken, [v, sums, dz], 1.0)
     }
 
     /// The same, and on through SwiGLU: `pair` is where gate and up, and their gradients, lie for all rows;
@@ -363,7 +407,7 @@ impl Products<'_> {
         row: usize,
         group: &Group,
         ((pair, dpair), dz): ((u64, u64), Option<u64>),
-        gets: u32,
+        (gets, taken): (u32, &[Run]),
     ) -> Result<(), String> {
         let s = self.pass.s;
         let (count, piece) = (group.pieces.len(), group.pieces[0].range.len());
@@ -375,66 +419,90 @@ impl Products<'_> {
         });
         let (weights, sums) = self.slabs;
         let matrices = [weights, sums].map(|at| Matrix::new(at, count * s.d, s.f, DType::BF16));
-        if cx.learned_product_backward(rows, matrices, piece, (dpair, pair))? {
+        if cx.learned_product_backward(rows, matrices, (piece, gets), (dpair, pair))? {
             return Ok(());
         }
         let dz = dz.ok_or("a product through SwiGLU was taken before and is not there now")?;
         let of_pieces = Matrix::new(dz, piece, s.f, DType::BF16).batched(count, piece * s.f);
-        self.inner(cx, row, group, of_pieces, gets)?;
+        self.inner(cx, row, group, of_pieces, taken)?;
         through_swiglu(cx, (dpair, 0), (pair, dz), (tokens, s.f))
     }
 
-    /// dV = Z ηGᵢᵀ.
+    /// Z and ηGᵀ of the group's pieces.
+    fn of_targets(&self, row: usize, group: &Group) -> [Matrix; 2] {
+        let s = self.pass.s;
+        let sums = s.slots(self.slabs.1, group);
+        [s.rows(self.pass.z, row, group, s.f), sums.t()]
+    }
+
+    /// dV = Z ηGᵢᵀ, zero for pieces that get no G.
     fn targets(
         &self,
         cx: &mut Context,
         row: usize,
         group: &Group,
         dv: u64,
-        gets: u32,
+        taken: &[Run],
     ) -> Result<(), String> {
-        let s = self.pass.s;
-        let (z, sums) = (
-            s.rows(self.pass.z, row, group, s.f),
-            s.slots(self.slabs.1, group),
-        );
-        let dv = s.rows(dv, row, group, s.d);
-        match gets {
-            0 => cx.zero(dv.at, dv.rows * dv.columns * group.pieces.len() * 2),
-            _ => cx.gemm(z, sums.t(), dv, 1.0, 0.0),
+        let [z, sums] = self.of_targets(row, group);
+        let dv = self.pass.s.rows(dv, row, group, self.pass.s.d);
+        let left_out = group.mask(|_| true) & !covered(taken);
+        if left_out != 0 {
+            let elements = dv.batch.1;
+            let count = left_out.count_ones();
+            let args = [
+                Arg::Ptr(dv.at),
+                Arg::Bits(left_out),
+                Arg::Size(elements as u64),
+            ];
+            cx.doing(Work::Bytes(2.0 * f64::from(count) * elements as f64))
+                .launch("clear_pieces", (CLEARING, count, 1), 256, &args)?;
         }
+        products(cx, taken, [z, sums, dv], 0.0)
     }
 }
 
 impl Pass<'_> {
     /// From a group's products to the weights that its pieces read (unless they are at 0) and the sums of
-    /// later pieces. S and G behind the group, before it afterwards (0: the group has whole documents);
-    /// dW0 gathers.
+    /// later pieces, of those in `taken`. S and G behind the group, before it afterwards, where it has not
+    /// whole documents; dW0 gathers, where it holds something yet.
     fn gradients(
         &self,
         cx: &mut Context,
         group: &Group,
         (weights, sums): (u64, u64),
-        [state, later, dw0]: [u64; 3],
-        (gets, keeps): (u32, u32),
+        ([state, later], (dw0, holds)): ([u64; 2], (u64, bool)),
+        [gets, keeps, taken]: [u32; 3],
     ) -> Result<(), String> {
+        let pieces = group.pieces.len() as u32;
+        let [state, later] = [state, later].map(|at| if group.whole { 0 } else { at });
         let args = [
             Arg::Ptr(weights),
             Arg::Ptr(sums),
-            Arg::Ptr(if group.whole { 0 } else { state }),
+            Arg::Ptr(state),
             Arg::Ptr(later),
             Arg::Ptr(dw0),
+            Arg::Int(i32::from(holds)),
             Arg::Ptr(self.w0),
             self.w0_is_f32,
             Arg::Float(self.lr),
-            Arg::Int(group.pieces.len() as i32),
+            Arg::Int(pieces as i32),
             Arg::Bits(group.reads()),
             Arg::Bits(group.adds()),
             Arg::Bits(group.replaces()),
             Arg::Bits(gets),
             Arg::Bits(keeps),
+            Arg::Bits(taken),
             Arg::Size(self.s.elements() as u64),
         ];
-        cx.launch("scan_backward", self.s.grid(), 256, &args)
+        let slots = pieces + taken.count_ones();
+        let sums = 1 + u32::from(holds) + if group.whole { 0 } else { 4 };
+        let work = match (weights, group.whole) {
+            (0, _) => self.s.moves(slots, sums),
+            (_, true) => self.moves_and_w0(slots + pieces + group.writes().count_ones(), sums),
+            (_, false) => self.moves_and_w0(slots + pieces + group.adds().count_ones(), sums),
+        };
+        cx.doing(work)
+            .launch("scan_backward", self.s.grid(), 256, &args)
     }
 }

@@ -149,7 +149,8 @@ impl<'a> Forward<'a> {
             if !pieces.pieces.is_empty() {
                 on_stream(&[&i.z, &i.v, &i.w0], &[&self.slab], |cx, from, to| {
                     let slab = to[0] + (2 * first * i.sizes.elements()) as u64;
-                    Pass::new(i, from, lr).updates(cx, job.row, &pieces, slab)
+                    let pass = Pass::new(i, from, lr);
+                    pass.updates(cx, job.row, &pieces, slab, pieces.writes())
                 });
             }
             exchange.pass_on();
@@ -198,7 +199,7 @@ impl<'a> Forward<'a> {
                 }
                 for group in &all[job.groups.clone()] {
                     if !std::mem::take(&mut filled) {
-                        pass.updates(cx, job.row, group, slab)?;
+                        pass.updates(cx, job.row, group, slab, group.writes())?;
                     }
                     let state = if group.whole { 0 } else { state };
                     pass.forward(cx, group, (slab, state), (next, partial))?;

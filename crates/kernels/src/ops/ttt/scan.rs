@@ -261,16 +261,16 @@ impl FastWeightScan {
         dy: Tensor<3>,
         pair: &crate::cuda::stream::Buffer,
     ) -> Option<Gradients> {
-        use crate::cuda::{stream::Buffer, ttt};
+        use crate::cuda::ttt;
         let exchange = self.returning(&saved.z, &dy, &saved.w0);
         let shape = self.shape(&saved.w0);
-        let states = ttt::States {
+        let kept = ttt::Kept {
             last: &mut saved.last,
             first: &saved.first,
+            weights: saved.weights.as_ref(),
         };
-        let kept = saved.weights.as_ref().and_then(Buffer::of);
-        let scan = ttt::Backward::new([&saved.z, &saved.v], &saved.w0, states, &dy, &shape)?;
-        Some(self.faulty(scan.through(pair, kept).run(exchange)))
+        let scan = ttt::Backward::new([&saved.z, &saved.v], &saved.w0, kept, &dy, &shape)?;
+        Some(self.faulty(scan.through(pair).run(exchange)))
     }
 
     /// With the fault that a test has planted.
@@ -330,11 +330,12 @@ impl FastWeightScan {
                 weights,
             } = saved;
             let shape = self.shape(&w0);
-            let states = ttt::States {
+            let kept = ttt::Kept {
                 last: &mut last,
                 first: &first,
+                weights: weights.as_ref(),
             };
-            if let Some(scan) = ttt::Backward::new([&z, &v], &w0, states, &dy, &shape) {
+            if let Some(scan) = ttt::Backward::new([&z, &v], &w0, kept, &dy, &shape) {
                 return scan.run(exchange);
             }
             Saved {
