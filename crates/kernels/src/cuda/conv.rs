@@ -6,11 +6,12 @@ use super::norm::sum_partials;
 use super::stream::{Arg, Buffer, on_stream};
 use crate::packing::Packing;
 
-/// Tokens of one thread block of the weight gradient.
-const RUN: usize = 64;
+/// Tokens of a thread; as in the source.
+const RUN: usize = 32;
 
-/// Tokens of a thread of the convolution; `RUN` in the source.
-const CONV_RUN: usize = 32;
+/// Warps of a block of the weight's gradient, each with tokens of its own, and its channels; as in the source.
+const WARPS: usize = 8;
+const CHANNELS: usize = 128;
 
 struct Conv {
     batch: usize,
@@ -71,7 +72,7 @@ pub fn apply(
             Arg::Int(c.d as i32),
             Arg::Int(sign),
         ];
-        let runs = c.tokens.div_ceil(CONV_RUN);
+        let runs = c.tokens.div_ceil(RUN);
         let grid = (c.d.div_ceil(1024) as u32, runs as u32, c.batch as u32);
         cx.launch("conv_apply", grid, 128, &args)
     });
@@ -91,7 +92,7 @@ pub fn weight_gradient(
     if du.dtype() != DType::BF16 {
         return None;
     }
-    let runs = c.tokens.div_ceil(RUN);
+    let runs = c.tokens.div_ceil(WARPS * RUN);
     let groups = runs * c.batch;
     let partial = x.empty([groups, c.d, 1, 5], DType::F32);
     let dw = x.empty([c.d, 1, 5], DType::F32);
@@ -106,10 +107,10 @@ pub fn weight_gradient(
             Arg::Int(c.tokens as i32),
             Arg::Int(chunk as i32),
             Arg::Int(c.d as i32),
-            Arg::Int(RUN as i32),
         ];
-        let grid = (c.d.div_ceil(1024) as u32, runs as u32, c.batch as u32);
-        cx.launch("conv_weight_grad", grid, 128, &args)?;
+        let across = c.d.div_ceil(CHANNELS) as u32;
+        let grid = (across, runs as u32, c.batch as u32);
+        cx.launch("conv_weight_grad", grid, 32 * WARPS as u32, &args)?;
         sum_partials(cx, to[0], to[1], groups, c.d * 5)
     });
     Some(dw.tensor())

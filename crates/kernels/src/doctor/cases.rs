@@ -127,31 +127,16 @@ pub fn all() -> Vec<Op> {
         let inputs = [(2 * 70 * 64, 1.0), (64 * 5, 1.0)];
         all.push(op(&format!("convolution, {name}"), &inputs, ROUNDED, run));
         // Chunks of 2 make more pieces than a group holds.
-        for chunk in [16, 2] {
-            let packing = packing.clone();
-            let run = move |x: &[Tensor<1>]| {
-                let z: Tensor<3> = x[0].clone().reshape([2, 70, 48]);
-                let v: Tensor<3> = x[1].clone().reshape([2, 70, 40]);
-                let spec = ScanSpec {
-                    lr: 0.3,
-                    chunk,
-                    clip: None,
-                    packing: packing.clone(),
-                    context: None,
-                };
-                // As in training: W0 in f32.
-                let w0 = cast(x[2].clone(), DType::F32).reshape([40, 48]);
-                flat(fast_weight_scan(z, v, w0, spec).output)
-            };
-            let inputs = [(2 * 70 * 48, 1.0), (2 * 70 * 40, 0.1), (40 * 48, 0.3)];
-            all.push(op(
-                &format!("TTT scan, {name}, chunk {chunk}"),
-                &inputs,
-                CHAIN,
-                run,
-            ));
-        }
+        all.extend([16, 2].map(|chunk| scan_case(name, &packing, chunk)));
     }
+    // More than one block of the weight's gradient, none of them full.
+    let run = |x: &[Tensor<1>]| {
+        let t: Tensor<3> = x[0].clone().reshape([2, 300, 136]);
+        let weight = x[1].clone().reshape([136, 1, 5]);
+        flat(chunk_conv(t, weight, &packed(2, 300), 40))
+    };
+    let inputs = [(2 * 300 * 136, 1.0), (136 * 5, 1.0)];
+    all.push(op("convolution, several blocks", &inputs, ROUNDED, run));
     all.extend([16, 2].map(shared_scan_case));
     all.push(shared_attention_case("window 80", Some(80), 2));
     all.push(shared_attention_case("keys travel", None, 2));
@@ -240,6 +225,30 @@ fn shared_attention_case(name: &str, window: Option<usize>, groups: usize) -> Op
         let (q, k, v) = (shaped(0, heads), shaped(1, groups), shaped(2, groups));
         flat(attention(q, k, v, spec))
     })
+}
+
+/// The scan alone, over rows as `packing` has them.
+pub(super) fn scan_case(name: &str, packing: &Packing, chunk: usize) -> Op {
+    let (rows, length) = (packing.rows().len(), packing.length());
+    let tokens = rows * length;
+    let packing = packing.clone();
+    let run = move |x: &[Tensor<1>]| {
+        let z: Tensor<3> = x[0].clone().reshape([rows, length, 48]);
+        let v: Tensor<3> = x[1].clone().reshape([rows, length, 40]);
+        let spec = ScanSpec {
+            lr: 0.3,
+            chunk,
+            clip: None,
+            packing: packing.clone(),
+            context: None,
+        };
+        // As in training: W0 in f32.
+        let w0 = cast(x[2].clone(), DType::F32).reshape([40, 48]);
+        flat(fast_weight_scan(z, v, w0, spec).output)
+    };
+    let inputs = [(tokens * 48, 1.0), (tokens * 40, 0.1), (40 * 48, 0.3)];
+    let name = format!("TTT scan, {name}, chunk {chunk}");
+    op(&name, &inputs, CHAIN, run)
 }
 
 /// A rank in the middle of three: in its first row a document ends that an earlier rank began, and one

@@ -4,7 +4,7 @@
 
 use burn::tensor::{DType, Tensor};
 
-use super::cases::{CHAIN, angles, flat, middle, op, packed};
+use super::cases::{CHAIN, angles, flat, middle, op, packed, scan_case};
 use super::compare::Op;
 use crate::dtype::cast;
 use crate::fused::{
@@ -133,6 +133,60 @@ pub fn all() -> Vec<Op> {
             [64, 128],
         ),
     ]
+}
+
+/// Cases for which the last piece of each document is to be left out of products: alone, every so many
+/// pieces, here and there, and where there are none but last ones.
+pub fn left_out() -> Vec<Op> {
+    let uneven = vec![vec![0, 48, 64, 160], vec![0], vec![0, 16, 32, 200]];
+    let uneven = Packing::new(256, uneven).unwrap_or_else(|_| Packing::whole_rows(3, 256));
+    let single = Packing::new(64, vec![vec![0, 16, 32, 48]]);
+    let single = single.unwrap_or_else(|_| Packing::whole_rows(1, 64));
+    let tiles = Packing::new(2048, vec![vec![0, 512, 768, 1536]]);
+    let tiles = tiles.unwrap_or_else(|_| Packing::whole_rows(1, 2048));
+    let equal = |rows, length| Packing::whole_rows(rows, length);
+    let cases = [
+        ("a document", equal(1, 128), 16, [96, 136]),
+        ("equal documents", equal(8, 64), 16, [96, 136]),
+        // Weights that are not kept.
+        ("two groups of them", equal(16, 64), 16, [96, 136]),
+        ("unequal documents", uneven.clone(), 16, [96, 136]),
+        ("one piece each", single, 16, [96, 136]),
+        ("a long document", equal(2, 640), 16, [96, 136]),
+        ("tiles, equal documents", equal(4, 768), 256, [128, 256]),
+        ("tiles, unequal documents", tiles, 256, [64, 384]),
+    ];
+    let learn = |(name, packing, chunk, widths)| {
+        let name = format!("pieces left out, {name}");
+        spoiling(learning(&name, packing, chunk, widths))
+    };
+    let mut all: Vec<Op> = cases.into_iter().map(learn).collect();
+    for (name, packing) in [("equal documents", equal(8, 64)), ("unequal", uneven)] {
+        let name = format!("pieces left out, {name}");
+        all.push(spoiling(scan_case(&name, &packing, 16)));
+    }
+    all
+}
+
+/// The operation in memory that held numbers that are none: what it does not write must not be read.
+fn spoiling(case: Op) -> Op {
+    let run = case.run;
+    let spoilt = move |x: &[Tensor<1>]| {
+        if x[0].dtype() == DType::BF16 {
+            let device = x[0].device().without_autodiff();
+            // Freed at the end of the block, and found again by whoever needs as much or less.
+            let sizes = (14..23).map(|power| 1 << power);
+            let _held: Vec<Tensor<1>> = sizes
+                .flat_map(|size: usize| [size; 4])
+                .map(|size| Tensor::full([size], f32::NAN, (&device, DType::BF16)))
+                .collect();
+        }
+        run(x)
+    };
+    Op {
+        run: Box::new(spoilt),
+        ..case
+    }
 }
 
 /// One attention half.

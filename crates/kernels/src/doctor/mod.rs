@@ -30,6 +30,11 @@ pub fn check(device: &Device, mut report: impl FnMut(&Comparison)) -> bool {
     for case in cases::all() {
         tell(compare(&case, device));
     }
+    leave_out_always(true);
+    for case in halves::left_out() {
+        tell(compare(&case, device));
+    }
+    leave_out_always(false);
     tell(optimizer::all(device));
     deterministic::set(true);
     for case in cases::attentions() {
@@ -42,6 +47,13 @@ pub fn check(device: &Device, mut report: impl FnMut(&Comparison)) -> bool {
     }
     deterministic::set(set);
     sound
+}
+
+/// See `leave_out_always` of the CUDA scan, the only one that weighs whether to.
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
+fn leave_out_always(on: bool) {
+    #[cfg(feature = "cuda")]
+    crate::cuda::ttt::leave_out_always(on);
 }
 
 #[cfg(test)]
