@@ -160,11 +160,17 @@ mod tests {
         }
     }
 
-    /// `documents` of `each` pieces, of which all but the last are wanted.
-    fn rows(documents: usize, each: usize) -> (u32, usize) {
-        let count = documents * each;
-        let wanted = (0..count).filter(|piece| piece % each != each - 1);
-        (wanted.fold(0, |mask, piece| mask | 1 << piece), count)
+    /// Documents of so many pieces, of which all but the last are wanted.
+    fn documents(lengths: &[usize]) -> (u32, usize) {
+        let add = |(mask, at): (u32, usize), &length: &usize| {
+            let wanted = (1 << (length - 1)) - 1;
+            (mask | wanted << at, at + length)
+        };
+        lengths.iter().fold((0, 0), add)
+    }
+
+    fn rows(count: usize, each: usize) -> (u32, usize) {
+        documents(&vec![each; count])
     }
 
     fn chosen((wanted, count): (u32, usize), product: Product) -> Vec<Run> {
@@ -200,13 +206,15 @@ mod tests {
 
     #[test]
     fn what_would_take_longer_is_not_left_out() {
-        // Ten documents of three pieces and one of two: eleven calls in place of one.
-        let mut wanted = rows(10, 3);
-        wanted = (wanted.0 | 1 << 30, 32);
-        assert_eq!(chosen(wanted, UPDATE), [run(0, 1, 32)]);
-        // The same where tiles come one after the other.
-        let single = fastest(wanted.0, wanted.1, UPDATE, 1);
-        assert_eq!(covered(&single), wanted.0);
+        // Nine calls take 23 waves, one takes 24.
+        let (wanted, count) = documents(&[4, 3, 4, 3, 4, 3, 4, 3, 4]);
+        assert_eq!(chosen((wanted, count), UPDATE), [run(0, 1, 32)]);
+        // Two take 21 and 2.
+        let unequal = documents(&[29, 3]);
+        assert_eq!(chosen(unequal, UPDATE), [run(0, 1, 28), run(29, 1, 2)]);
+        // Tiles one after the other: every piece that is left out pays.
+        let single = fastest(wanted, count, UPDATE, 1);
+        assert_eq!((covered(&single), single.len()), (wanted, 9));
         // One wave for all.
         let small = Product {
             tiles: 1,
