@@ -326,15 +326,14 @@ impl<'a> Sizes<'a> {
         let tokens = self.config.train.sequence_length / self.layout.context;
         let chunks = tokens.div_ceil(self.config.model.ttt.chunk) as f64;
         let slots = (WEIGHTS_SLAB / (BF16 * elements)).floor().clamp(1.0, 32.0);
+        let slab = |chunks: f64| chunks * BF16 * elements;
         // Rows that a slab holds whole need no states and share it; if all do, their weights are kept.
-        let whole = self.layout.context == 1 && chunks <= slots;
-        let (kept, at_once) = match whole {
-            true if rows * chunks <= slots => (rows * chunks * BF16 * elements, rows * chunks),
-            true => (0.0, slots),
-            false => (states, slots.min(chunks)),
-        };
-        // S and G; of a group of chunks the weights and the updates.
-        layers as f64 * kept + 2.0 * F32 * elements + 2.0 * at_once * BF16 * elements
+        // Beside states S and G, and of a group of chunks the weights, if they are not kept, and the updates.
+        match self.layout.context == 1 && chunks <= slots {
+            true if rows * chunks <= slots => (layers as f64 + 1.0) * slab(rows * chunks),
+            true => 2.0 * slab(slots),
+            false => layers as f64 * states + 2.0 * F32 * elements + 2.0 * slab(slots.min(chunks)),
+        }
     }
 
     /// Sums of updates as a rank sends them, and as it receives and adds them.
