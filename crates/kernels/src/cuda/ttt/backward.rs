@@ -353,11 +353,12 @@ struct Products<'a> {
 }
 
 impl Products<'_> {
-    /// VᵀZ of the pieces that were added, or, to sum them again, of all that were written.
+    /// VᵀZ of the pieces that were written, by the very products of the forward pass; where none was added,
+    /// only to sum them again.
     fn updates(&self, cx: &mut Context, row: usize, group: &Group) -> Result<(), String> {
-        let wanted = match group.whole {
-            true => group.writes(),
-            false => group.adds(),
+        let wanted = match group.adds() {
+            0 if !group.whole => 0,
+            _ => group.writes(),
         };
         self.pass.updates(cx, row, group, self.slabs.0, wanted)
     }
