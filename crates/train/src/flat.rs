@@ -114,6 +114,12 @@ impl FlatLayout {
         self.offsets[i]..self.offsets[i + 1]
     }
 
+    /// How many elements at the front of a shard the model needs in master precision.
+    pub fn wide_len(&self) -> usize {
+        let wide = self.sections.iter().take_while(|section| section.wide);
+        wide.last().map_or(0, |section| section.part.end)
+    }
+
     pub(crate) fn sections(&self) -> &[Section] {
         &self.sections
     }
@@ -311,7 +317,9 @@ mod tests {
         let gathers: Vec<_> = layout.gathers(DType::BF16).collect();
         assert_eq!(gathers[0], (ALIGNED, DType::F32));
         assert_eq!(gathers[1].1, DType::BF16);
+        assert_eq!(layout.wide_len(), ALIGNED);
         let plain = FlatLayout::new(&config, Unit::Block(0), 2);
+        assert_eq!(plain.wide_len(), 0);
         assert_eq!(plain.gathers(DType::BF16).count(), 1);
     }
 }

@@ -47,16 +47,17 @@ impl Opened {
         let config = checkpoint.config.clone();
         let kind = device.unwrap_or(config.run.device);
         let device = device::open(kind, 0)?;
+        let compute = device::compute_dtype(kind, config.train.compute);
         let mesh = Mesh::single();
         let units = Unit::all(&config.model)
             .into_iter()
-            .map(|unit| checkpoint.load_unit(&config.model, unit, &mesh, &device))
+            .map(|unit| checkpoint.load_unit(&config.model, unit, &mesh, &device, compute))
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             model: Model {
                 config: config.model.clone(),
                 units,
-                compute: device::compute_dtype(kind, config.train.compute),
+                compute,
                 device,
                 rope: RopeCache::default(),
                 context: ttt_kernels::ContextSettings::default(),

@@ -10,6 +10,7 @@ use burn::tensor::{DType, Device, Tensor};
 use glob::Pattern;
 use ttt_kernels::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
 use ttt_kernels::ops::flat::{Part, joined};
+use ttt_kernels::ops::master::Master;
 use ttt_parallel::{CommError, Mesh};
 
 use crate::config::{OnBadGradient, OptimizerConfig};
@@ -31,8 +32,6 @@ pub struct Updater {
     overrides: Vec<(Pattern, f64)>,
     on_bad: OnBadGradient,
     spike_factor: Option<f64>,
-    /// Precision that the model computes in.
-    compute: DType,
     /// Running mean of the gradient norm over good steps: `[1]` f32; 0 before the first.
     pub mean_norm: Tensor<1>,
     /// 1, or 0 for ever once a step was bad under `abort`: `[1]` f32.
@@ -49,13 +48,11 @@ pub struct UpdateOutput {
 }
 
 impl Updater {
-    /// An updater of a model that computes in `compute`, whose running norm is `mean_norm` (0 for a new
-    /// run).
+    /// An updater whose running norm is `mean_norm` (0 for a new run).
     pub fn new(
         config: &OptimizerConfig,
         on_bad: OnBadGradient,
         spike_factor: Option<f64>,
-        compute: DType,
         mean_norm: f32,
         device: &Device,
     ) -> Self {
@@ -80,7 +77,6 @@ impl Updater {
                 .collect(),
             on_bad,
             spike_factor,
-            compute,
             mean_norm: scalar(f64::from(mean_norm), device),
             running: scalar(1.0, device),
         }
@@ -157,7 +153,7 @@ impl Updater {
         let decayed = unit.layout.decayed(rank).end;
         let stretches = self.stretches(unit, rank);
         let (master, moments) = unit.take();
-        let step = |master: Tensor<1>, moments, range: &Range<usize>, lr_scale: f64, copied| {
+        let step = |master: Master, moments, range: &Range<usize>, lr_scale: f64| {
             adamw_step(
                 master,
                 moments,
@@ -168,16 +164,14 @@ impl Updater {
                 scale.clone(),
                 good.clone(),
                 &self.hyper,
-                copied,
             )
         };
         // The common case hands over the only references, which are then written in place.
         if let [(range, lr_scale)] = &stretches[..]
             && *lr_scale != 0.0
         {
-            let copied = self.compute == DType::BF16 && unit.layout.shards() == 1;
-            let (master, moments, copy) = step(master, moments, range, *lr_scale, copied);
-            unit.update(master, moments, copy);
+            let (master, moments) = step(master, moments, range, *lr_scale);
+            unit.update(master, moments);
             return;
         }
         let (mut masters, mut firsts, mut seconds) = (vec![], vec![], vec![]);
@@ -186,13 +180,10 @@ impl Updater {
                 first: cut(&moments.first, range),
                 second: cut(&moments.second, range),
             };
-            let master = cut(&master, range);
+            let master = master.slice(range.clone());
             let (master, moments) = match *lr_scale == 0.0 {
                 true => (master, moments),
-                false => {
-                    let (master, moments, _) = step(master, moments, range, *lr_scale, false);
-                    (master, moments)
-                }
+                false => step(master, moments, range, *lr_scale),
             };
             masters.push(master);
             firsts.push(moments.first);
@@ -203,7 +194,7 @@ impl Updater {
             first: join(firsts),
             second: join(seconds),
         };
-        unit.update(join(masters), moments, None);
+        unit.update(Master::cat(masters), moments);
     }
 
     /// The stretches of a unit's shard that have one learning rate, and its factor.

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use ttt_model::Unit;
 use ttt_model::decode::Decoder;
 use ttt_parallel::{Mesh, Place};
@@ -112,9 +112,9 @@ fn train_on(
     }
     let start = find_start(config, resume, &fingerprint, &mesh, &device)?;
     let units = match (&start, &base) {
-        (Some(checkpoint), _) => checkpoint.load(&config.model, &mesh, &device)?,
+        (Some(checkpoint), _) => checkpoint.load(&config.model, &mesh, &device, compute)?,
         (None, Some(base)) => base.units(&recorded, &mesh, &device)?,
-        (None, None) => new_units(config, &mesh, &device),
+        (None, None) => new_units(config, &mesh, &device, compute),
     };
     if let Some(checkpoint) = &start {
         recorded.init.clone_from(&checkpoint.config.init);
@@ -141,7 +141,6 @@ fn train_on(
         &config.optimizer,
         config.train.on_bad_gradient,
         config.train.spike_factor,
-        compute,
         at.mean_grad_norm,
         &device,
     );
@@ -406,7 +405,7 @@ fn tokenizer_files(
 }
 
 /// Initial weights of every unit.
-fn new_units(config: &Config, mesh: &Mesh, device: &Device) -> Vec<UnitState> {
+fn new_units(config: &Config, mesh: &Mesh, device: &Device, compute: DType) -> Vec<UnitState> {
     let units = Unit::all(&config.model).into_iter();
     units
         .map(|unit| {
@@ -414,7 +413,7 @@ fn new_units(config: &Config, mesh: &Mesh, device: &Device) -> Vec<UnitState> {
                 mesh.activity.at(&spec.name);
                 Ok::<_, Infallible>(initial_values(spec, config.run.seed))
             };
-            match UnitState::new(&config.model, unit, mesh, device, values) {
+            match UnitState::new(&config.model, unit, mesh, device, compute, values) {
                 Ok(state) => state,
                 Err(never) => match never {},
             }

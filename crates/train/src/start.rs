@@ -13,7 +13,7 @@ use ttt_model::{ModelConfig, ParamSpec, Params, Unit};
 use ttt_parallel::Mesh;
 
 use crate::config::{Config, ConfigError, InitConfig};
-use crate::device::read_f32;
+use crate::device::{compute_dtype, read_f32};
 use crate::error::TrainError;
 use crate::interop::{HfFolder, InitFrom, side_files};
 use crate::step::Model;
@@ -103,6 +103,7 @@ impl BaseModel {
         device: &Device,
     ) -> Result<Vec<UnitState>, TrainError> {
         let plan = InitFrom::plan(&config.model, &self.folder.weights, config.run.seed)?;
+        let compute = compute_dtype(config.run.device, config.train.compute);
         let unit = |unit| {
             let layout = FlatLayout::new(&config.model, unit, mesh.shard.size());
             let read = |spec: &ParamSpec, range, values: &mut [f32]| {
@@ -110,7 +111,9 @@ impl BaseModel {
                 plan.read(&spec.name, range, values)
             };
             let master = layout.read_shard(mesh.shard.rank(), read)?;
-            Ok(UnitState::from_shard(unit, layout, master, device))
+            Ok(UnitState::from_shard(
+                unit, layout, &master, device, compute,
+            ))
         };
         Unit::all(&config.model).into_iter().map(unit).collect()
     }
@@ -290,6 +293,7 @@ mod tests {
     use super::*;
     use crate::config::DeviceKind;
     use crate::device;
+    use ttt_kernels::ops::master::Master;
 
     /// The check passes on new TTT layers, and sees one that does something.
     #[test]
@@ -326,9 +330,10 @@ mod tests {
             .iter()
             .position(|spec| spec.name.ends_with("ttt_conv.weight"));
         let range = block.layout.range(conv.unwrap());
-        let values = block.master.clone().slice([range.clone()]).add_scalar(0.1);
-        let master = block.master.clone().slice_assign([range], values);
-        block.update(master, block.moments.clone(), None);
+        let mut values = block.master.read(0..block.master.len()).unwrap();
+        values[range].iter_mut().for_each(|value| *value += 0.1);
+        let master = Master::new(&values, values.len(), &model.device);
+        block.update(master, block.moments.clone());
         for exact in [true, false] {
             let refused = base.check_unchanged(&mut model, &row, &mesh, exact);
             assert!(

@@ -1,13 +1,13 @@
-//! The trained state, unit by unit: flat f32 buffers of master weights, moments and gradients.
+//! The trained state, unit by unit: flat buffers of master weights, moments and gradients.
 //!
 //! Each buffer is this rank's shard of the unit's parameters ([`FlatLayout`]); on one rank, all of
 //! them. A unit is gathered when it runs and its gradient is scattered when it is known. Both can be
 //! begun early and awaited late, so that they travel while another unit computes.
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
-use ttt_kernels::dtype::cast;
+use burn::tensor::{DType, Device, Tensor};
 use ttt_kernels::ops::adamw::Moments;
 use ttt_kernels::ops::flat::{Part, accumulate, joined};
+use ttt_kernels::ops::master::Master;
 use ttt_model::{ModelConfig, ParamSpec, Params, Unit};
 use ttt_parallel::{CommError, Mesh, Pending};
 
@@ -21,12 +21,11 @@ pub struct UnitState {
     pub unit: Unit,
     /// Where its parameters lie.
     pub layout: FlatLayout,
-    /// Master weights, f32: `[shard_len]`.
-    pub master: Tensor<1>,
+    /// Master weights, f32: `[shard_len]`. Where the model computes in bf16, they are in halves but for
+    /// those that it needs in f32.
+    pub master: Master,
     /// AdamW's moments.
     pub moments: Moments,
-    /// The shard in the precision that the model computes in, if the update made it.
-    copy: Option<Tensor<1>>,
     /// The gradient summed so far in this step, end to end: as the first backward pass left it, some of
     /// it in bf16, until there is something to add; then f32.
     gradient: Option<Vec<Part>>,
@@ -43,7 +42,7 @@ pub struct UnitState {
 }
 
 impl UnitState {
-    /// A unit whose parameters are `values(spec)`, moments zero.
+    /// A unit whose parameters are `values(spec)`, moments zero, of a model that computes in `compute`.
     ///
     /// # Errors
     /// Whatever `values` returns.
@@ -52,6 +51,7 @@ impl UnitState {
         unit: Unit,
         mesh: &Mesh,
         device: &Device,
+        compute: DType,
         mut values: impl FnMut(&ParamSpec) -> Result<Vec<f32>, E>,
     ) -> Result<Self, E> {
         let layout = FlatLayout::new(config, unit, mesh.shard.size());
@@ -59,22 +59,32 @@ impl UnitState {
             out.copy_from_slice(&values(spec)?[elements]);
             Ok(())
         })?;
-        Ok(Self::from_shard(unit, layout, shard, device))
+        Ok(Self::from_shard(unit, layout, &shard, device, compute))
     }
 
-    /// A unit of which this rank's shard, padded, is `master`; moments zero.
-    pub fn from_shard(unit: Unit, layout: FlatLayout, master: Vec<f32>, device: &Device) -> Self {
+    /// A unit of which this rank's shard, padded, is `master`; moments zero. The model computes in
+    /// `compute`.
+    pub fn from_shard(
+        unit: Unit,
+        layout: FlatLayout,
+        master: &[f32],
+        device: &Device,
+        compute: DType,
+    ) -> Self {
         let len = master.len();
+        let wide = match compute {
+            DType::BF16 => layout.wide_len(),
+            _ => len,
+        };
         let zeros = || Tensor::<1>::zeros([len], (device, DType::F32));
         Self {
             unit,
-            master: Tensor::from_data(TensorData::new(master, [len]), (device, DType::F32)),
+            master: Master::new(master, wide, device),
             moments: Moments {
                 first: zeros(),
                 second: zeros(),
             },
             layout,
-            copy: None,
             gradient: None,
             ready: None,
             coming: vec![],
@@ -91,8 +101,8 @@ impl UnitState {
 
     /// The parameters in the precision the model computes in, gathered from all shards.
     ///
-    /// Made once per step where this rank holds all of them; gathered anew each time otherwise, so
-    /// that only units that run are whole.
+    /// Where this rank holds all of them, they are views of the master weights; gathered anew each time
+    /// otherwise, so that only units that run are whole.
     ///
     /// # Errors
     /// If a rank is lost.
@@ -134,7 +144,7 @@ impl UnitState {
         if let Some(ready) = &self.ready {
             return ready.clone();
         }
-        let device = self.master.device();
+        let device = self.moments.first.device();
         let sections = self.layout.sections().iter();
         let flat = sections.flat_map(|section| {
             let specs = &self.layout.specs[section.params.clone()];
@@ -151,15 +161,8 @@ impl UnitState {
             return Ok(());
         }
         for section in self.layout.sections() {
-            // What the update made is not kept beside shards: memory is why there are shards.
-            let copy = self.copy.as_ref();
-            let own = match copy.filter(|copy| copy.dtype() == section.precision(compute)) {
-                Some(copy) => copy.clone().slice([section.part.clone()]),
-                None => {
-                    let own = self.master.clone().slice([section.part.clone()]);
-                    cast(own, section.precision(compute))
-                }
-            };
+            let (part, precision) = (section.part.clone(), section.precision(compute));
+            let own = self.master.computed(part, precision);
             let coming = sent::of_unit(self.unit, sent::PARAMETERS, || {
                 mesh.shard.start_all_gather(own)
             });
@@ -239,7 +242,7 @@ impl UnitState {
     /// Begins to sum the gradient over all that hold the same shard.
     fn start_sum(&mut self, mesh: &Mesh) -> Result<(), CommError> {
         if mesh.replicas.size() > 1 {
-            let zeros = || vec![Part::Values(self.master.zeros_like())];
+            let zeros = || vec![Part::Values(self.moments.first.zeros_like())];
             let own = joined(self.gradient.take().unwrap_or_else(zeros));
             let summing = sent::of_unit(self.unit, sent::SUMS, || {
                 mesh.replicas.start_all_reduce_sum(own)
@@ -266,7 +269,7 @@ impl UnitState {
             self.start_sum(mesh)?;
         }
         self.settle(mesh)?;
-        let zeros = || vec![Part::Values(self.master.zeros_like())];
+        let zeros = || vec![Part::Values(self.moments.first.zeros_like())];
         Ok(self.gradient.take().unwrap_or_else(zeros))
     }
 
@@ -275,16 +278,15 @@ impl UnitState {
     ///
     /// # Panics
     /// If parameters are on their way: they would arrive as they were.
-    pub fn take(&mut self) -> (Tensor<1>, Moments) {
+    pub fn take(&mut self) -> (Master, Moments) {
         assert!(
             self.coming.is_empty(),
             "{:?} is used before it changes",
             self.unit
         );
         self.ready = None;
-        self.copy = None;
-        let none = Tensor::<1>::zeros([1], (&self.master.device(), DType::F32));
-        let master = std::mem::replace(&mut self.master, none.clone());
+        let none = Tensor::<1>::zeros([1], (&self.moments.first.device(), DType::F32));
+        let master = std::mem::take(&mut self.master);
         let taken = Moments {
             first: none.clone(),
             second: none,
@@ -292,13 +294,10 @@ impl UnitState {
         (master, std::mem::replace(&mut self.moments, taken))
     }
 
-    /// Replaces weights and moments after an update; `copy`: the weights in the precision that the
-    /// model computes in, where the update made them. With shards it is not kept: it would be there
-    /// all the time, and casting before each gather costs next to nothing.
-    pub fn update(&mut self, master: Tensor<1>, moments: Moments, copy: Option<Tensor<1>>) {
+    /// Replaces weights and moments after an update.
+    pub fn update(&mut self, master: Master, moments: Moments) {
         self.master = master;
         self.moments = moments;
-        self.copy = copy.filter(|_| self.is_whole());
         self.ready = None;
     }
 }

@@ -7,7 +7,7 @@ mod common;
 
 use std::time::Instant;
 
-use burn::tensor::Device;
+use burn::tensor::{DType, Device};
 use common::{layout, on_ranks};
 use ttt_model::{Unit, params::all_params};
 use ttt_train::checkpoint::{self, Checkpoint, Progress};
@@ -56,7 +56,13 @@ fn saving() {
                         Ok::<_, std::convert::Infallible>(())
                     };
                     let master = layout.read_shard(mesh.shard.rank(), read);
-                    UnitState::from_shard(unit, layout, master.expect("infallible"), &device)
+                    UnitState::from_shard(
+                        unit,
+                        layout,
+                        &master.expect("infallible"),
+                        &device,
+                        DType::F32,
+                    )
                 };
                 let units: Vec<_> = Unit::all(&config.model).into_iter().map(unit).collect();
                 mesh.world.barrier().expect("all ranks");
@@ -96,7 +102,7 @@ fn saving() {
                 let found = found.expect("all ranks").expect("a checkpoint");
                 let verified = begun.elapsed().as_secs_f64();
                 found
-                    .load(&config.model, &mesh, &device)
+                    .load(&config.model, &mesh, &device, DType::F32)
                     .expect("all ranks");
                 if first {
                     let loaded = begun.elapsed().as_secs_f64() - verified;

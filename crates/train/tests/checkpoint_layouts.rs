@@ -46,8 +46,9 @@ fn progress(step: u64) -> Progress {
     }
 }
 
-/// This rank's part of a state in which every weight and moment has a value of its own.
-fn state(config: &ModelConfig, mesh: &Mesh, device: &Device) -> Vec<UnitState> {
+/// This rank's part of a state, of a model that computes in `compute`, in which every weight and moment has
+/// a value of its own.
+fn state(config: &ModelConfig, mesh: &Mesh, device: &Device, compute: DType) -> Vec<UnitState> {
     let unit = |unit| {
         let of = |seed| {
             let spread = |spec: &ttt_model::ParamSpec| {
@@ -58,11 +59,11 @@ fn state(config: &ModelConfig, mesh: &Mesh, device: &Device) -> Vec<UnitState> {
                 };
                 Ok::<_, std::convert::Infallible>(initial_values(&spec, seed))
             };
-            UnitState::new(config, unit, mesh, device, spread).expect("infallible")
+            UnitState::new(config, unit, mesh, device, compute, spread).expect("infallible")
         };
         let mut state = of(1);
-        state.moments.first = of(2).master;
-        state.moments.second = of(3).master.square();
+        state.moments.first = of(2).master.to_f32();
+        state.moments.second = of(3).master.to_f32().square();
         state
     };
     Unit::all(config).into_iter().map(unit).collect()
@@ -73,7 +74,7 @@ fn bits(units: &[UnitState]) -> Vec<u64> {
     let buffers = |unit: &UnitState| {
         let moments = &unit.moments;
         [
-            unit.master.clone(),
+            unit.master.to_f32(),
             moments.first.clone(),
             moments.second.clone(),
         ]
@@ -108,7 +109,11 @@ fn weights(dir: &Path) -> Vec<(String, Vec<u8>)> {
 }
 
 fn save(config: &Config, step: u64, mesh: &Mesh) -> Result<(), String> {
-    let units = state(&config.model, mesh, &Device::flex());
+    save_in(DType::F32, config, step, mesh)
+}
+
+fn save_in(compute: DType, config: &Config, step: u64, mesh: &Mesh) -> Result<(), String> {
+    let units = state(&config.model, mesh, &Device::flex(), compute);
     let small = [("tokenizer.json".to_string(), b"{}".to_vec())];
     let saved = checkpoint::save(config, &units, &progress(step), &small, mesh);
     saved.map(drop).map_err(|error| error.to_string())
@@ -121,9 +126,13 @@ fn any_layout_reads_what_any_other_wrote() {
         .iter()
         .map(|_| tempfile::tempdir().expect("a folder"))
         .collect();
-    for (dir, &shape) in dirs.iter().zip(&layouts) {
-        let config = config(dir.path());
-        on_ranks(shape, |mesh| save(&config, 3, &mesh).expect("all ranks"));
+    // Whether the ranks hold weights in f32 or in halves does not show.
+    let precision = |number: usize| [DType::F32, DType::BF16][number % 2];
+    for (number, (dir, &shape)) in dirs.iter().zip(&layouts).enumerate() {
+        let (config, compute) = (config(dir.path()), precision(number));
+        on_ranks(shape, |mesh| {
+            save_in(compute, &config, 3, &mesh).expect("all ranks")
+        });
     }
     let expected = weights(dirs[0].path());
     assert_eq!(expected.len(), 2);
@@ -132,17 +141,18 @@ fn any_layout_reads_what_any_other_wrote() {
             weights(dir.path()) == expected,
             "{shape:?} wrote other bytes"
         );
-        for &on in &layouts {
+        for (number, &on) in layouts.iter().enumerate() {
             on_ranks(on, |mesh| {
+                let compute = precision(number / 2);
                 let device = Device::flex();
                 let config = config(dir.path());
                 let found = Checkpoint::newest_together(&config.run.dir, &mesh, &device);
                 let found = found.expect("all ranks").expect("a checkpoint");
                 assert_eq!(found.progress, progress(3));
                 let units = found
-                    .load(&config.model, &mesh, &device)
+                    .load(&config.model, &mesh, &device, compute)
                     .expect("all ranks");
-                let expected = state(&config.model, &mesh, &device);
+                let expected = state(&config.model, &mesh, &device, DType::F32);
                 assert!(bits(&units) == bits(&expected), "{shape:?} read on {on:?}");
             });
         }
@@ -274,14 +284,7 @@ fn train(
 ) -> f32 {
     let device = Device::flex();
     let policy = ttt_train::config::OnBadGradient::Skip;
-    let mut updater = Updater::new(
-        &config.optimizer,
-        policy,
-        None,
-        DType::F32,
-        mean_norm,
-        &device,
-    );
+    let mut updater = Updater::new(&config.optimizer, policy, None, mean_norm, &device);
     let rows: Vec<Row> = (0..4).map(row).collect();
     let share = rows.len() / mesh.data_size();
     let own = &rows[mesh.data_rank() * share..(mesh.data_rank() + 1) * share];
@@ -307,11 +310,11 @@ fn row(number: usize) -> Row {
     }
 }
 
-fn model(config: &Config, units: Vec<UnitState>) -> Model {
+fn model(config: &Config, units: Vec<UnitState>, compute: DType) -> Model {
     Model {
         config: config.model.clone(),
         units,
-        compute: DType::F32,
+        compute,
         device: Device::flex(),
         rope: RopeCache::default(),
         context: ContextSettings::default(),
@@ -322,12 +325,12 @@ fn model(config: &Config, units: Vec<UnitState>) -> Model {
 /// on the same layout, with the same bits.
 #[test]
 fn a_run_goes_on_on_another_layout() {
-    let whole = |shape: Layout, stop: Option<Layout>| {
+    let whole_in = |compute: DType, shape: Layout, stop: Option<Layout>| {
         let dir = tempfile::tempdir().expect("a folder");
         let config = config(dir.path());
         let six = on_ranks(shape, |mesh| {
-            let units = state(&config.model, &mesh, &Device::flex());
-            let mut model = model(&config, units);
+            let units = state(&config.model, &mesh, &Device::flex(), compute);
+            let mut model = model(&config, units, compute);
             let norm = train(&mut model, 0..3, 0.0, &mesh, &config);
             if stop.is_some() {
                 let mut at = progress(3);
@@ -343,13 +346,14 @@ fn a_run_goes_on_on_another_layout() {
         on_ranks(then, |mesh| {
             let found = Checkpoint::newest_together(&config.run.dir, &mesh, &Device::flex());
             let found = found.expect("all ranks").expect("a checkpoint");
-            let units = found.load(&config.model, &mesh, &Device::flex());
-            let mut model = model(&config, units.expect("all ranks"));
+            let units = found.load(&config.model, &mesh, &Device::flex(), compute);
+            let mut model = model(&config, units.expect("all ranks"), compute);
             let norm = found.progress.mean_grad_norm;
             train(&mut model, 3..6, norm, &mesh, &config);
             gathered(&model.units, &mesh)
         })
     };
+    let whole = |shape, stop| whole_in(DType::F32, shape, stop);
     let single = whole(layout([1, 1, 1]), None).remove(0);
     let apart = [
         ([1, 1, 1], [1, 4, 1]),
@@ -374,14 +378,26 @@ fn a_run_goes_on_on_another_layout() {
         }
         assert!(whole(first, Some(first)) == whole(first, None), "{first:?}");
     }
+    // In bf16 the file has the bits that the weights were rounded by, or six steps would end elsewhere.
+    for shape in [layout([1, 1, 1]), layout([1, 2, 1]), joint([1, 1, 2])] {
+        let six = whole_in(DType::BF16, shape, None);
+        assert!(
+            whole_in(DType::BF16, shape, Some(shape)) == six,
+            "{shape:?}"
+        );
+        // Six updates of 1 % of a weight, from gradients in bf16 whose signs may differ where they are small.
+        let error = relative_error_of(&six[0], &single);
+        assert!((1e-6..0.1).contains(&error), "{shape:?}: {error:e}");
+    }
 }
 
 /// Weights and moments of all units, whole.
 fn gathered(units: &[UnitState], mesh: &Mesh) -> Vec<f64> {
     let mut values = vec![];
     for unit in units {
-        for shard in [&unit.master, &unit.moments.first, &unit.moments.second] {
-            let full = mesh.shard.all_gather(shard.clone()).expect("all ranks");
+        let (first, second) = (unit.moments.first.clone(), unit.moments.second.clone());
+        for shard in [unit.master.to_f32(), first, second] {
+            let full = mesh.shard.all_gather(shard).expect("all ranks");
             values.extend(unit.layout.whole(&elements(&full)));
         }
     }
@@ -443,8 +459,10 @@ fn formats() {
     write(&json).expect("write");
     let old = Checkpoint::open(&path).expect("format 1");
     let (mesh, device) = (Mesh::single(), Device::flex());
-    let units = old.load(&config.model, &mesh, &device).expect("one rank");
-    assert!(bits(&units) == bits(&state(&config.model, &mesh, &device)));
+    let compute = DType::F32;
+    let units = old.load(&config.model, &mesh, &device, compute);
+    let expected = state(&config.model, &mesh, &device, compute);
+    assert!(bits(&units.expect("one rank")) == bits(&expected));
 
     json["files"][0]["blake3"] = "0".repeat(64).into();
     write(&json).expect("write");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor};
 use common::joint;
-use common::model::model;
+use common::model::{model, model_in};
 use common::shared_rows::{LENGTH, config, micro_batches, rows};
 use ttt_data::{Dataset, Split};
 use ttt_kernels::context::{AttentionExchange, Payload, StateExchange};
@@ -44,8 +44,7 @@ struct Pass {
 }
 
 fn pass(case: Case, mesh: &Mesh) -> Pass {
-    let mut model = model(&config(case.target), case.settings, mesh);
-    model.compute = case.compute;
+    let mut model = model_in(case.compute, &config(case.target), case.settings, mesh);
     let (mut loss, mut labelled) = (scalar(0.0, &model.device), 0);
     let mut ratios: Vec<(usize, f64)> = vec![];
     for micro in micro_batches(mesh, &rows()) {
@@ -216,7 +215,7 @@ fn parameters_over_the_ranks_of_a_row_compute_what_one_computes() {
                 &mesh,
             );
             let units = model.units.iter();
-            units.map(|unit| unit.master.dims()[0]).sum::<usize>()
+            units.map(|unit| unit.master.len()).sum::<usize>()
         })
     };
     let whole = held(layout(1, 1, 2))[0];
@@ -275,7 +274,7 @@ fn trained(mesh: &Mesh) -> Vec<Vec<f64>> {
         overrides: vec![],
     };
     let device = Device::flex();
-    let mut updater = Updater::new(&hyper, OnBadGradient::Skip, None, DType::F32, 0.0, &device);
+    let mut updater = Updater::new(&hyper, OnBadGradient::Skip, None, 0.0, &device);
     let config = config(Target::Embedding);
     let mut model = model(&config, ContextSettings::default(), mesh);
     for step in 0..5 {
@@ -296,7 +295,7 @@ fn trained(mesh: &Mesh) -> Vec<Vec<f64>> {
         update.expect("all ranks");
     }
     let gathered = model.units.iter().map(|unit| {
-        let full = mesh.shard.all_gather(unit.master.clone());
+        let full = mesh.shard.all_gather(unit.master.to_f32());
         unit.layout.whole(&values(&full.expect("all ranks")))
     });
     gathered.collect()

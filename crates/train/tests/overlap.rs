@@ -66,7 +66,8 @@ fn exchanges(shape: [usize; 3], tied: bool, activations: Activations) -> String 
         let device = Device::flex();
         let unit = |unit| {
             let values = |spec: &_| Ok::<_, std::convert::Infallible>(initial_values(spec, 1));
-            UnitState::new(&config.model, unit, &mesh, &device, values).expect("infallible")
+            UnitState::new(&config.model, unit, &mesh, &device, DType::F32, values)
+                .expect("infallible")
         };
         let mut model = Model {
             config: config.model.clone(),

@@ -15,7 +15,7 @@ use ttt_parallel::{Layout, Mesh};
 use ttt_train::config::Activations;
 use ttt_train::step::{MicroBatch, Model};
 
-use common::model::model;
+use common::model::{model, model_in};
 
 const LENGTH: usize = 24;
 
@@ -213,7 +213,7 @@ fn updater(overrides: Vec<ttt_train::config::LrOverride>) -> ttt_train::optimize
         overrides,
     };
     let device = Device::flex();
-    ttt_train::optimizer::Updater::new(&hyper, OnBadGradient::Skip, None, DType::F32, 0.0, &device)
+    ttt_train::optimizer::Updater::new(&hyper, OnBadGradient::Skip, None, 0.0, &device)
 }
 
 /// Loss, norm of the gradient, and whether it was used.
@@ -262,7 +262,7 @@ fn train_on(
         [loss, update.grad_norm, update.applied].map(|told| elements(&told)[0])
     });
     let whole = model.units.iter().map(|unit| {
-        let shards = mesh.shard.all_gather(unit.master.clone());
+        let shards = mesh.shard.all_gather(unit.master.to_f32());
         unit.layout.whole(&elements(&shards.expect("all ranks")))
     });
     (told, whole.collect())
@@ -278,13 +278,19 @@ fn shifted(mut row: Row) -> Row {
 /// smaller rate moves less.
 #[test]
 fn learning_rates_by_name() {
+    for compute in [DType::F32, DType::BF16] {
+        learning_rates_in(compute);
+    }
+}
+
+fn learning_rates_in(compute: DType) {
     use ttt_kernels::testing::values as elements;
     use ttt_train::config::LrOverride;
     let config = config(false, Target::Embedding);
     let moved = |overrides: Vec<LrOverride>| {
         let mesh = Mesh::single();
-        let mut model = alone(&config);
-        let before = model.units[1].master.clone();
+        let mut model = model_in(compute, &config, ContextSettings::default(), &mesh);
+        let before = model.units[1].master.to_f32();
         let mut updater = updater(overrides);
         let micro = MicroBatch::new(&rows(), &mesh, &model.device).expect("a batch");
         model
@@ -295,7 +301,7 @@ fn learning_rates_by_name() {
             .update(&mut model.units, one, 1e-2, 0, &mesh)
             .expect("one rank");
         let layout = &model.units[1].layout;
-        let change = elements(&(model.units[1].master.clone() - before));
+        let change = elements(&(model.units[1].master.to_f32() - before));
         let of = |name: &str| {
             let at = layout
                 .specs

@@ -43,10 +43,11 @@ impl Trainer {
         device: &Device,
     ) -> anyhow::Result<Self> {
         let mesh = Mesh::single();
+        let compute = device::compute_dtype(kind, None);
         let units = Unit::all(&config.model).into_iter().map(|unit| {
             let specs = unit.params(&config.model);
             let mut values = initial_values_of(&specs, seed);
-            UnitState::new(&config.model, unit, &mesh, device, |spec| {
+            UnitState::new(&config.model, unit, &mesh, device, compute, |spec| {
                 let at = specs.iter().position(|s| s.name == spec.name);
                 let at = at.with_context(|| format!("{} has no initial values", spec.name))?;
                 anyhow::Ok(std::mem::take(&mut values[at]))
@@ -55,13 +56,13 @@ impl Trainer {
         let model = Model {
             config: config.model.clone(),
             units: units.collect::<Result<_, _>>()?,
-            compute: device::compute_dtype(kind, None),
+            compute,
             device: device.clone(),
             rope: RopeCache::default(),
             context: ContextSettings::default(),
         };
         let on_bad = config.train.on_bad_gradient;
-        let updater = Updater::new(&config.optimizer, on_bad, None, model.compute, 0.0, device);
+        let updater = Updater::new(&config.optimizer, on_bad, None, 0.0, device);
         Ok(Self {
             config,
             lr: 3e-4,

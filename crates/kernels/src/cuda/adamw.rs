@@ -7,26 +7,79 @@ use burn::tensor::{DType, Tensor};
 use super::stream::{Arg, Buffer, on_stream};
 use crate::ops::adamw::{AdamW, Moments};
 use crate::ops::flat::{Part, joined};
+use crate::ops::master::{Halves, Master};
 use crate::work::Work;
 
 fn f32(tensor: &Tensor<1>) -> Option<Buffer> {
     Buffer::of(tensor).filter(|b| b.dtype() == DType::F32)
 }
 
-/// `buffer` itself if nothing else refers to it, else fresh memory of its size.
-fn target(buffer: &Buffer) -> Buffer {
-    match buffer.is_ours() {
-        true => buffer.clone(),
-        false => buffer.empty([buffer.len()], DType::F32),
+/// What a step replaces.
+struct Updated {
+    from: Buffer,
+    /// The same memory if nothing else refers to it, else fresh of its size.
+    to: Buffer,
+}
+
+impl Updated {
+    /// The tensor must be consumed before its buffer is asked whether it is the only reference.
+    fn new(from: Buffer) -> Self {
+        let to = match from.is_ours() {
+            true => from.clone(),
+            false => from.empty([from.len()], from.dtype()),
+        };
+        Self { from, to }
+    }
+
+    fn float(tensor: Tensor<1>) -> Option<Self> {
+        let buffer = Buffer::of(&tensor);
+        drop(tensor);
+        buffer.map(Self::new)
     }
 }
 
-/// See [`crate::ops::adamw::adamw_step`]. In place where the caller gave its only references. The third
-/// result is the new weights in bf16, if they are asked for.
+/// Weights in the order of the kernel's arguments: f32, upper halves, lower halves.
+fn weights(master: Master) -> [Option<Updated>; 3] {
+    let Master { wide, halves } = master;
+    let (high, low) = match halves {
+        Some(Halves { high, low }) => {
+            let buffer = Buffer::of_ints(&low);
+            drop(low);
+            (Updated::float(high), buffer.map(Updated::new))
+        }
+        None => (None, None),
+    };
+    [wide.and_then(Updated::float), high, low]
+}
+
+/// The same as they were held.
+fn master([wide, high, low]: [Option<Updated>; 3]) -> Master {
+    let halves = high.zip(low).map(|(high, low)| Halves {
+        high: high.to.tensor(),
+        low: low.to.ints(),
+    });
+    Master {
+        wide: wide.map(|wide| wide.to.tensor()),
+        halves,
+    }
+}
+
+/// Addresses of those that are there, 0 for the others, and what is left of `list`.
+fn addresses<'a>(of: &[Option<Updated>; 3], list: &'a [u64]) -> ([Arg; 3], &'a [u64]) {
+    let mut at = 0;
+    let args = of.each_ref().map(|buffer| {
+        let address = buffer.as_ref().and_then(|_| list.get(at));
+        at += usize::from(buffer.is_some());
+        Arg::Ptr(address.copied().unwrap_or(0))
+    });
+    (args, list.get(at..).unwrap_or_default())
+}
+
+/// See [`crate::ops::adamw::adamw_step`]. In place where the caller gave its only references.
 #[allow(clippy::too_many_arguments)] // the operands of one formula
 #[allow(clippy::result_large_err)] // what cannot be done here goes back by value, not cloned
 pub fn step(
-    master: Tensor<1>,
+    held: Master,
     moments: Moments,
     grad: &[Part],
     decayed: &Range<usize>,
@@ -35,24 +88,20 @@ pub fn step(
     scale: &Tensor<1>,
     keep: &Tensor<1>,
     hyper: &AdamW,
-    copied: bool,
-) -> Result<(Tensor<1>, Moments, Option<Tensor<1>>), (Tensor<1>, Moments)> {
+) -> Result<(Master, Moments), (Master, Moments)> {
     let inputs = (|| Some((Gradient::of(grad)?, f32(scale)?, f32(keep)?)))();
-    let on_gpu = f32(&master).is_some() && f32(&moments.first).is_some();
+    let on_gpu = f32(&moments.first).is_some() && f32(&moments.second).is_some();
     let (Some((grad, scale, keep)), true) = (inputs, on_gpu) else {
-        return Err((master, moments));
+        return Err((held, moments));
     };
-    let n = master.dims()[0];
-    // Each tensor is consumed before its buffer is asked whether it is the only reference.
-    let own = |tensor: Tensor<1>| {
-        let buffer = Buffer::of(&tensor);
-        drop(tensor);
-        buffer
-    };
-    let (Some(w), Some(m), Some(v)) = (own(master), own(moments.first), own(moments.second)) else {
+    let wide = held.wide_len() as u64;
+    let weights = weights(held);
+    let (Some(m), Some(v)) = (
+        Updated::float(moments.first),
+        Updated::float(moments.second),
+    ) else {
         unreachable!("checked above")
     };
-    let outputs = [target(&w), target(&m), target(&v)];
     let constants = [
         hyper.beta1,
         hyper.beta2,
@@ -63,39 +112,47 @@ pub fn step(
         1.0 - hyper.beta2.powf(step as f64),
     ]
     .map(|c| c as f32);
-    // Master and moments in and out, and the copy.
-    let per_element = if copied { 26.0 } else { 24.0 };
-    let copy = copied.then(|| w.empty([n], DType::BF16));
-    let mut writes = outputs.each_ref().to_vec();
-    writes.extend(&copy);
-    let mut reads = vec![&w, &m, &v, &scale, &keep];
+    let there = || weights.iter().flatten();
+    let mut writes: Vec<&Buffer> = there().map(|updated| &updated.to).collect();
+    writes.extend([&m.to, &v.to]);
+    let mut reads: Vec<&Buffer> = there().map(|updated| &updated.from).collect();
+    reads.extend([&m.from, &v.from, &scale, &keep]);
     reads.extend(grad.buffers());
     on_stream(&reads, &writes, |cx, from, to| {
-        for table in grad.tables(&from[5..])? {
-            let address = |list: &[u64], i: usize| Arg::Ptr(list.get(i).copied().unwrap_or(0));
+        let ([w_to, high_to, low_to], to) = addresses(&weights, to);
+        let ([w, high, low], from) = addresses(&weights, from);
+        for table in grad.tables(&from[4..])? {
             let args = [
-                address(to, 0),
-                address(to, 1),
-                address(to, 2),
-                address(to, 3),
-                address(from, 0),
-                address(from, 1),
-                address(from, 2),
+                w_to,
+                high_to,
+                low_to,
+                Arg::Ptr(to[0]),
+                Arg::Ptr(to[1]),
+                w,
+                high,
+                low,
+                Arg::Ptr(from[0]),
+                Arg::Ptr(from[1]),
                 table.arg(),
-                address(from, 3),
-                address(from, 4),
+                Arg::Ptr(from[2]),
+                Arg::Ptr(from[3]),
+                Arg::Size(wide),
                 Arg::Size(decayed.start as u64),
                 Arg::Size(decayed.end as u64),
                 Arg::Floats(constants),
             ];
-            let work = Work::Bytes(table.bytes() + table.count() as f64 * per_element);
+            // Master and moments in and out.
+            let work = Work::Bytes(table.bytes() + table.count() as f64 * 24.0);
             let vectors = (table.count() as u64).div_ceil(4);
             cx.doing(work).launch_over("adamw", vectors, &args)?;
         }
         Ok(())
     });
-    let [w, first, second] = outputs.map(Buffer::tensor);
-    Ok((w, Moments { first, second }, copy.map(Buffer::tensor)))
+    let moments = Moments {
+        first: m.to.tensor(),
+        second: v.to.tensor(),
+    };
+    Ok((master(weights), moments))
 }
 
 /// A gradient as the kernels read it: parts, f32 or bf16, that begin at multiples of four elements.

@@ -85,6 +85,11 @@ impl Buffer {
         Tensor::from_primitive::<Cube>(self.0)
     }
 
+    /// The integer tensor again.
+    pub fn ints<const D: usize>(self) -> Tensor<D, Int> {
+        Tensor::from_primitive::<Cube>(self.0)
+    }
+
     /// Where the memory is.
     pub fn device(&self) -> Device {
         Tensor::<1>::from_primitive::<Cube>(self.0.clone()).device()

@@ -3,9 +3,9 @@
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::compare::{Comparison, rate_of};
-use crate::dtype::cast;
 use crate::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
 use crate::ops::flat::Part;
+use crate::ops::master::Master;
 use crate::profile::record;
 use crate::testing::{normal, relative_error, values};
 
@@ -56,8 +56,17 @@ impl Form {
     }
 }
 
-/// Weights, moments, Σ g², and by how much the copy differs from the weights rounded once.
-fn results(device: &Device, form: Form, poisoned: bool) -> [Tensor<1>; 5] {
+/// A step: the gradient, how many weights are f32 and not in halves, and whether a NaN in the gradient lets
+/// it be skipped.
+#[derive(Clone, Copy)]
+struct Case {
+    form: Form,
+    wide: usize,
+    poisoned: bool,
+}
+
+/// Weights, moments and Σ g².
+fn results(device: &Device, case: Case) -> [Tensor<1>; 4] {
     let t = |seed| -> Tensor<1> { normal([COUNT], 1.0, seed, device, DType::F32) };
     let scalar = |x: f32| Tensor::from_data(TensorData::new(vec![x], [1]), (device, DType::F32));
     let hyper = AdamW {
@@ -70,13 +79,14 @@ fn results(device: &Device, form: Form, poisoned: bool) -> [Tensor<1>; 5] {
         first: t(2),
         second: t(3).square(),
     };
+    let Case { form, wide, .. } = case;
     let sum = square_sum(&form.parts(device, 1.0));
-    let (factor, keep) = match poisoned {
+    let (factor, keep) = match case.poisoned {
         true => (f32::NAN, 0.0),
         false => (1.0, 1.0),
     };
-    let (w, m, copy) = adamw_step(
-        t(1),
+    let (w, m) = adamw_step(
+        Master::new(&start(), wide, device),
         moments,
         form.parts(device, factor),
         5..70_001,
@@ -85,40 +95,49 @@ fn results(device: &Device, form: Form, poisoned: bool) -> [Tensor<1>; 5] {
         scalar(0.5),
         scalar(keep),
         &hyper,
-        true,
     );
-    let rounded = cast(copy.expect("asked for"), DType::F32);
-    let exact = cast(cast(w.clone(), DType::BF16), DType::F32);
-    [w, m.first, m.second, sum, rounded - exact]
+    [w.to_f32(), m.first, m.second, sum]
+}
+
+/// The weights before the step.
+fn start() -> Vec<f32> {
+    let drawn: Tensor<1> = normal([COUNT], 1.0, 1, &Device::flex(), DType::F32);
+    values(&drawn).iter().map(|w| *w as f32).collect()
 }
 
 /// AdamW in f32 on both sides from the same gradient, a skipped step with NaN, and the sum of squares.
+/// Weights in halves must be those in f32, bit for bit.
 pub fn all(device: &Device) -> Vec<Comparison> {
     let mut all = vec![];
-    for (name, form, poisoned) in [
-        ("AdamW", Form::Wide, false),
-        ("AdamW, skipped", Form::Wide, true),
-        ("AdamW, bf16 and f32", Form::Mixed, false),
-        ("AdamW, bf16 and f32, skipped", Form::Mixed, true),
-        ("AdamW, odd parts", Form::Odd, false),
+    // In halves from a multiple of what a vector takes on, from another element, and from the first.
+    let (even, odd) = (40_000, 36_999);
+    for (name, form, wide, poisoned) in [
+        ("AdamW", Form::Wide, COUNT, false),
+        ("AdamW, skipped", Form::Wide, COUNT, true),
+        ("AdamW, bf16 and f32", Form::Mixed, COUNT, false),
+        ("AdamW, bf16 and f32, skipped", Form::Mixed, COUNT, true),
+        ("AdamW, odd parts", Form::Odd, COUNT, false),
+        ("AdamW in halves", Form::Mixed, 0, false),
+        ("AdamW in halves, skipped", Form::Mixed, 0, true),
+        ("AdamW, f32 and halves", Form::Mixed, even, false),
+        ("AdamW, f32 and halves, skipped", Form::Wide, even, true),
+        ("AdamW, f32 to an odd end", Form::Mixed, odd, false),
+        ("AdamW, f32 to an odd end, odd parts", Form::Odd, odd, false),
+        ("AdamW, f32 to an odd end, skipped", Form::Odd, odd, true),
     ] {
-        let ours = results(device, form, poisoned);
-        let reference = results(&Device::flex(), form, poisoned);
-        let copy = values(&ours[4]).iter().all(|difference| *difference == 0.0);
-        all.push(Comparison {
-            name: format!("{name}: bf16 copy"),
-            error: if copy { 0.0 } else { f64::INFINITY },
-            bound: 0.0,
-            rate: None,
-        });
-        let rate = match record(device, || results(device, form, poisoned)) {
+        let case = Case {
+            form,
+            wide,
+            poisoned,
+        };
+        let ours = results(device, case);
+        let reference = results(&Device::flex(), case);
+        let rate = match record(device, || results(device, case)) {
             Some(Ok((_, timed))) => rate_of(&timed),
             _ => None,
         };
-        for (part, (a, b)) in ["weights", "mean", "square", "Σ g²"]
-            .iter()
-            .zip(ours.iter().zip(&reference))
-        {
+        let parts = ["weights", "mean", "square", "Σ g²"];
+        for (part, (a, b)) in parts.iter().zip(ours.iter().zip(&reference)) {
             all.push(Comparison {
                 name: format!("{name}: {part}"),
                 error: relative_error(a, b),
@@ -128,8 +147,43 @@ pub fn all(device: &Device) -> Vec<Comparison> {
                 rate,
             });
         }
+        if wide < COUNT {
+            let whole = results(
+                device,
+                Case {
+                    wide: COUNT,
+                    ..case
+                },
+            );
+            let same = |(a, b): (&Tensor<1>, &Tensor<1>)| bits(a) == bits(b);
+            all.push(equal(
+                format!("{name}: as all in f32"),
+                ours[..3].iter().zip(&whole).all(same),
+            ));
+        }
+        if poisoned {
+            let before: Vec<u64> = start().iter().map(|w| f64::from(*w).to_bits()).collect();
+            all.push(equal(
+                format!("{name}: as before"),
+                bits(&ours[0]) == before,
+            ));
+        }
     }
     all
+}
+
+fn bits(tensor: &Tensor<1>) -> Vec<u64> {
+    values(tensor).into_iter().map(f64::to_bits).collect()
+}
+
+/// What must be the same to the last bit.
+fn equal(name: String, holds: bool) -> Comparison {
+    Comparison {
+        name,
+        error: if holds { 0.0 } else { f64::INFINITY },
+        bound: 0.0,
+        rate: None,
+    }
 }
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
-//! AdamW over flat f32 buffers, and the sum of squares that its clipping needs.
+//! AdamW over flat buffers, and the sum of squares that its clipping needs.
 //!
 //! n: elements of a buffer.
 
 use std::ops::Range;
 
-use burn::tensor::{Bool, DType, Tensor};
+use burn::tensor::{Bool, Tensor};
 
 use super::flat::{Part, joined};
-use crate::dtype::cast;
+use super::master::Master;
 
 /// What stays the same over a run (Loshchilov and Hutter, "Decoupled weight decay regularization").
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,7 +31,8 @@ pub struct Moments {
     pub second: Tensor<1>,
 }
 
-/// One step: master `[n]` f32, grad, n elements end to end, f32 or bf16 → the new master and moments.
+/// One step: master `[n]`, grad, n elements end to end, f32 or bf16 → the new master, held as it was, and
+/// moments.
 ///
 /// With g = `scale` · grad and t = `step` (from 1):
 /// m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g²,
@@ -40,14 +41,14 @@ pub struct Moments {
 /// `scale` and `keep` are `[1]` f32 on the device, so that clipping and skipping need no answer from
 /// it. Where `keep` is 0 nothing changes, whatever the gradient holds (NaN included).
 ///
-/// With `copied`, the third result is the new weights in bf16. Where nothing else refers to the given
-/// tensors, they are written in place.
+/// Where nothing else refers to the given tensors, they are written in place. The reference form goes
+/// through the host where weights are in halves.
 ///
 /// # Panics
 /// If `step` is 0 or `decayed` reaches past n.
 #[allow(clippy::too_many_arguments)] // the operands of one formula
 pub fn adamw_step(
-    master: Tensor<1>,
+    master: Master,
     moments: Moments,
     grad: Vec<Part>,
     decayed: Range<usize>,
@@ -56,21 +57,22 @@ pub fn adamw_step(
     scale: Tensor<1>,
     keep: Tensor<1>,
     hyper: &AdamW,
-    copied: bool,
-) -> (Tensor<1>, Moments, Option<Tensor<1>>) {
+) -> (Master, Moments) {
     assert!(step > 0, "steps count from 1");
     assert!(
-        decayed.end <= master.dims()[0] || decayed.is_empty(),
+        decayed.end <= master.len() || decayed.is_empty(),
         "decaying elements {decayed:?} of {}",
-        master.dims()[0]
+        master.len()
     );
     #[cfg(feature = "cuda")]
     let (master, moments) = match crate::cuda::adamw::step(
-        master, moments, &grad, &decayed, lr, step, &scale, &keep, hyper, copied,
+        master, moments, &grad, &decayed, lr, step, &scale, &keep, hyper,
     ) {
         Ok(done) => return done,
         Err(elsewhere) => elsewhere,
     };
+    let held = master;
+    let master = held.to_f32();
     let grad = joined(grad);
     let AdamW {
         beta1,
@@ -94,13 +96,11 @@ pub fn adamw_step(
         shrunk = shrunk.slice_assign([decayed], part);
     }
     let stepped = shrunk - update * lr;
-    let master = or_old(stepped, master);
-    let copy = copied.then(|| cast(master.clone(), DType::BF16));
     let moments = Moments {
         first: or_old(first, moments.first),
         second: or_old(second, moments.second),
     };
-    (master, moments, copy)
+    (held.like(or_old(stepped, master)), moments)
 }
 
 /// Σ grad²: n elements end to end → `[1]` f32. Infinite or NaN if the gradient holds either.
@@ -120,8 +120,9 @@ fn power(beta: f64, step: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dtype::cast;
     use crate::testing::{normal, relative_error_of, values};
-    use burn::tensor::{Device, TensorData};
+    use burn::tensor::{DType, Device, TensorData};
 
     const HYPER: AdamW = AdamW {
         beta1: 0.9,
@@ -138,20 +139,32 @@ mod tests {
         normal([37], 1.0, seed, &Device::flex(), DType::F32)
     }
 
-    fn start() -> (Tensor<1>, Moments) {
+    /// Weights of which the first `wide` are f32 and the others in halves.
+    fn held(wide: usize) -> Master {
+        let values: Vec<f32> = values(&random(1)).iter().map(|w| *w as f32).collect();
+        Master::new(&values, wide, &Device::flex())
+    }
+
+    fn start() -> (Master, Moments) {
         let zeros = || random(0).zeros_like();
         let moments = Moments {
             first: zeros(),
             second: zeros(),
         };
-        (random(1), moments)
+        (held(37), moments)
+    }
+
+    /// All bits of weights and moments.
+    fn bits((master, moments): &(Master, Moments)) -> [Vec<u64>; 3] {
+        [&master.to_f32(), &moments.first, &moments.second]
+            .map(|t| values(t).into_iter().map(f64::to_bits).collect())
     }
 
     /// The textbook loop in f64, element by element.
     #[test]
     fn agrees_with_the_scalar_formula() {
         let (mut master, mut moments) = start();
-        let mut w = values(&master);
+        let mut w = values(&master.to_f32());
         let (mut m, mut v) = (vec![0.0; w.len()], vec![0.0; w.len()]);
         for step in 1..=5 {
             let grad = random(10 + step);
@@ -169,7 +182,7 @@ mod tests {
                 );
                 w[i] -= lr * mean / (square.sqrt() + 1e-8);
             }
-            (master, moments, _) = adamw_step(
+            (master, moments) = adamw_step(
                 master,
                 moments,
                 vec![Part::Values(grad)],
@@ -179,51 +192,66 @@ mod tests {
                 scalar(0.5),
                 scalar(1.0),
                 &HYPER,
-                false,
             );
         }
         // Five steps of f32 arithmetic: a few units of 2⁻²⁴ each.
-        assert!(relative_error_of(&values(&master), &w) < 1e-6);
+        assert!(relative_error_of(&values(&master.to_f32()), &w) < 1e-6);
         assert!(relative_error_of(&values(&moments.first), &m) < 1e-6);
         assert!(relative_error_of(&values(&moments.second), &v) < 1e-6);
     }
 
     #[test]
     fn a_skipped_step_leaves_everything_even_with_nan() {
-        let (master, _) = start();
         let moments = Moments {
             first: random(3),
             second: random(4).square(),
         };
-        let before = [&master, &moments.first, &moments.second].map(values);
-        let grad = random(2) * f32::NAN;
-        let (kept, state, _) = adamw_step(
-            master.clone(),
-            moments.clone(),
-            vec![Part::Values(grad)],
-            0..37,
-            1e-2,
-            3,
-            scalar(0.0),
-            scalar(0.0),
-            &HYPER,
-            false,
-        );
-        assert_eq!(before, [&kept, &state.first, &state.second].map(values));
-        // Control: the same step with a sound gradient and keep = 1 moves the weights.
-        let (moved, ..) = adamw_step(
-            master,
-            moments,
-            vec![Part::Values(random(2))],
-            0..37,
-            1e-2,
-            3,
-            scalar(1.0),
-            scalar(1.0),
-            &HYPER,
-            false,
-        );
-        assert_ne!(before[0], values(&moved));
+        for wide in [0, 6, 37] {
+            let stepped = |grad: Tensor<1>, keep: f32| {
+                adamw_step(
+                    held(wide),
+                    moments.clone(),
+                    vec![Part::Values(grad)],
+                    0..37,
+                    1e-2,
+                    3,
+                    scalar(keep),
+                    scalar(keep),
+                    &HYPER,
+                )
+            };
+            let before = bits(&(held(wide), moments.clone()));
+            assert_eq!(before, bits(&stepped(random(2) * f32::NAN, 0.0)));
+            // Control: the same step with a sound gradient and keep = 1 moves the weights.
+            assert_ne!(before[0], bits(&stepped(random(2), 1.0))[0]);
+        }
+    }
+
+    /// Weights in halves, all or from some element on, are those in f32, bit for bit.
+    #[test]
+    fn how_weights_are_held_changes_nothing() {
+        let course = |wide: usize| {
+            let mut state = (held(wide), start().1);
+            for step in 1..=5 {
+                state = adamw_step(
+                    state.0,
+                    state.1,
+                    vec![Part::Values(random(10 + step))],
+                    4..20,
+                    1e-2,
+                    step,
+                    scalar(0.5),
+                    scalar(1.0),
+                    &HYPER,
+                );
+            }
+            assert_eq!(state.0.wide_len(), wide);
+            bits(&state)
+        };
+        let whole = course(37);
+        for wide in [0, 6, 8, 36] {
+            assert_eq!(course(wide), whole, "{wide} in f32");
+        }
     }
 
     /// Parts in bf16, beside others and up to odd ends, are what their values in f32 would be.
@@ -239,28 +267,16 @@ mod tests {
             let sum = square_sum(&grad);
             let (master, moments) = start();
             let (one, keep) = (scalar(0.5), scalar(1.0));
-            let (w, m, copy) = adamw_step(
-                master,
-                moments,
-                grad,
-                0..20,
-                1e-2,
-                1,
-                one,
-                keep,
-                &HYPER,
-                true,
-            );
-            let copy = cast(copy.expect("asked for"), DType::F32);
-            [w, m.first, m.second, copy, sum].map(|t| values(&t))
+            let (w, m) = adamw_step(master, moments, grad, 0..20, 1e-2, 1, one, keep, &HYPER);
+            [w.to_f32(), m.first, m.second, sum].map(|t| values(&t))
         };
         let mixed = stepped(grad(&narrow));
         assert_eq!(mixed, stepped(grad(&cast(narrow.clone(), DType::F32))));
         // Control: other bf16 values are seen in the weights, the moments and the sum.
         let other = narrow.clone() + 1.0;
         let other = stepped(grad(&other));
-        for i in [0, 1, 2, 4] {
-            assert_ne!(mixed[i], other[i]);
+        for (mixed, other) in mixed.iter().zip(&other) {
+            assert_ne!(mixed, other);
         }
     }
 

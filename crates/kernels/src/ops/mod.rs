@@ -6,6 +6,7 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod flat;
 pub mod linear;
+pub mod master;
 pub mod rms_norm;
 pub mod rope;
 pub mod seed;

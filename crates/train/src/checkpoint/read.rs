@@ -139,7 +139,8 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// This rank's weights and moments of all units. Reads no more than these.
+    /// This rank's weights and moments of all units, of which a model computes in `compute`. Reads no more
+    /// than these.
     ///
     /// # Errors
     /// If a tensor is missing or has another shape, on all ranks if on one, or if a rank is lost.
@@ -148,10 +149,11 @@ impl Checkpoint {
         model: &ModelConfig,
         mesh: &Mesh,
         device: &Device,
+        compute: DType,
     ) -> Result<Vec<UnitState>, TrainError> {
         let optimizer = Folder::open_stem(&self.path, "optimizer")?;
         let load = |unit| {
-            let mut state = self.load_unit(model, unit, mesh, device)?;
+            let mut state = self.load_unit(model, unit, mesh, device, compute)?;
             let moment = |kind| {
                 let values = read_shard(&optimizer, kind, &state.layout, mesh)?;
                 let len = values.len();
@@ -166,7 +168,7 @@ impl Checkpoint {
         all_or_none(mesh, device, units)
     }
 
-    /// This rank's weights of one unit, moments zero.
+    /// This rank's weights of one unit, moments zero, as [`Checkpoint::load`].
     ///
     /// # Errors
     /// If a tensor is missing or has another shape.
@@ -176,10 +178,13 @@ impl Checkpoint {
         unit: Unit,
         mesh: &Mesh,
         device: &Device,
+        compute: DType,
     ) -> Result<UnitState, TrainError> {
         let layout = FlatLayout::new(model, unit, mesh.shard.size());
         let master = read_shard(&self.model, "", &layout, mesh)?;
-        Ok(UnitState::from_shard(unit, layout, master, device))
+        Ok(UnitState::from_shard(
+            unit, layout, &master, device, compute,
+        ))
     }
 }
 

@@ -8,7 +8,6 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
-use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 use ttt_parallel::Mesh;
 use ttt_weights::{Dtype, Plan, SharedWriter, Staging, TensorSpec, WrittenPiece};
@@ -38,7 +37,7 @@ pub(super) fn write(
     then: impl FnOnce() -> Result<(), TrainError>,
 ) -> Result<(), TrainError> {
     let plans = Plans::new(path, units)?;
-    let device = &units[0].master.device();
+    let device = &units[0].moments.first.device();
     let first = mesh.world.rank() == 0;
 
     // Files of full length, with headers, which the others can open.
@@ -188,9 +187,12 @@ impl Plans {
         let mut model = SharedWriter::new(dir, &self.model);
         let mut optimizer = SharedWriter::new(dir, &self.optimizer);
         for unit in units {
-            write_buffer(&mut model, unit, &unit.master, "", mesh)?;
-            write_buffer(&mut optimizer, unit, &unit.moments.first, FIRST, mesh)?;
-            write_buffer(&mut optimizer, unit, &unit.moments.second, SECOND, mesh)?;
+            let master = |range| unit.master.read(range).map_err(TrainError::Execution);
+            write_buffer(&mut model, unit, master, "", mesh)?;
+            for (moment, kind) in [(&unit.moments.first, FIRST), (&unit.moments.second, SECOND)] {
+                let moment = |range| read_f32(&moment.clone().slice([range]));
+                write_buffer(&mut optimizer, unit, moment, kind, mesh)?;
+            }
         }
         let flushing = |file: &str| mesh.activity.at(format_args!("flushing {file}"));
         let pieces = model.finish(flushing)?.into_iter();
@@ -199,11 +201,12 @@ impl Plans {
     }
 }
 
-/// Writes this rank's share of one of a unit's buffers, whose tensors are named with `kind`.
+/// Writes this rank's share of one of a unit's buffers, of which `read` gives any elements, and whose
+/// tensors are named with `kind`.
 fn write_buffer(
     writer: &mut SharedWriter<'_>,
     unit: &UnitState,
-    buffer: &Tensor<1>,
+    read: impl Fn(Range<usize>) -> Result<Vec<f32>, TrainError>,
     kind: &str,
     mesh: &Mesh,
 ) -> Result<(), TrainError> {
@@ -215,7 +218,7 @@ fn write_buffer(
         let here = begin..own.end.min(begin + AT_ONCE);
         mesh.activity
             .at(format_args!("{:?}{kind} from {begin}", unit.unit));
-        let values = read_f32(&buffer.clone().slice([here.clone()]))?;
+        let values = read(here.clone())?;
         for piece in &pieces {
             let (from, to) = (piece.at.max(here.start), piece.end().min(here.end));
             if from < to {

@@ -138,16 +138,15 @@ impl<'a> Sizes<'a> {
     }
 
     fn weights(&self) -> Vec<MemoryItem> {
-        let name = match (self.compute_bytes == F32, self.sharded()) {
-            (true, false) => "weights as computed with, f32",
-            (false, false) => "weights as computed with, bf16",
-            (true, true) => "gathered weights, f32",
-            (false, true) => "gathered weights, bf16",
+        let (master, gathered) = match self.compute_bytes == F32 {
+            true => ("master weights, f32", "gathered weights, f32"),
+            // The model computes with the upper halves.
+            false => ("master weights, bf16 + 16 bits", "gathered weights, bf16"),
         };
         vec![
-            item("master weights, f32", F32 * self.shard),
+            item(master, F32 * self.shard),
             item("AdamW moments, 2 x f32", 2.0 * F32 * self.shard),
-            item(name, self.gathered_bytes()),
+            item(gathered, self.gathered_bytes()),
         ]
     }
 
@@ -195,11 +194,13 @@ impl<'a> Sizes<'a> {
             .fold(0.0, f64::max)
     }
 
-    /// The weights that are whole at a time.
+    /// The weights that are whole at a time, beside the master weights: where these are whole, the model
+    /// computes with views of them.
     fn gathered_bytes(&self) -> f64 {
         match (self.sharded(), self.config.train.activations) {
+            (false, _) => 0.0,
             // What waits for its backward pass holds the weights that it was computed with.
-            (false, _) | (true, Activations::Keep) => self.compute_weights_bytes(),
+            (true, Activations::Keep) => self.compute_weights_bytes(),
             // The unit that runs and the one that is on its way.
             (true, Activations::Recompute) => {
                 let pairs = self.units.windows(2).map(|pair| pair[0] + pair[1]);
@@ -209,19 +210,15 @@ impl<'a> Sizes<'a> {
         }
     }
 
-    /// The copy of the weights in compute precision; on the CPU f32 weights are views, not copies.
+    /// All weights in the precisions that the model computes with them in.
     fn compute_weights_bytes(&self) -> f64 {
         let params = all_params(&self.config.model);
         let bytes = params.iter().map(|param| {
-            let bytes = if param.master_precision {
-                F32
-            } else {
-                self.compute_bytes
+            let bytes = match param.master_precision {
+                true => F32,
+                false => self.compute_bytes,
             };
-            match self.on_cpu() && bytes == F32 && !self.sharded() {
-                true => 0.0,
-                false => bytes * param.len() as f64,
-            }
+            bytes * param.len() as f64
         });
         bytes.sum()
     }
@@ -412,11 +409,12 @@ impl<'a> Sizes<'a> {
         4.0 * F32 * (rows * ATTENTION_TILE.min(length) * keys) as f64
     }
 
-    /// The update of the largest unit: on the CPU the terms of the formula; fused, it is made in place,
-    /// unless learning rates differ within a unit.
+    /// The update of the largest unit: on the CPU the terms of the formula, and halves joined for it and
+    /// made of its result; fused, it is made in place, unless learning rates differ within a unit.
     fn update(&self) -> Vec<MemoryItem> {
         let buffers = match (self.on_cpu(), self.config.optimizer.overrides.is_empty()) {
-            (true, _) => 8.0,
+            (true, _) if self.compute_bytes == F32 => 8.0,
+            (true, _) => 10.0,
             (false, false) => 3.0,
             (false, true) => 0.0,
         };

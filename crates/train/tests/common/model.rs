@@ -24,12 +24,23 @@ pub fn values(spec: &ParamSpec) -> Result<Vec<f32>, Infallible> {
 
 /// The model in f32 on the processor.
 pub fn model(config: &ModelConfig, settings: ContextSettings, mesh: &Mesh) -> Model {
+    model_in(DType::F32, config, settings, mesh)
+}
+
+/// The model in `compute` on the processor.
+pub fn model_in(
+    compute: DType,
+    config: &ModelConfig,
+    settings: ContextSettings,
+    mesh: &Mesh,
+) -> Model {
     let device = Device::flex();
-    let unit = |unit| UnitState::new(config, unit, mesh, &device, values).expect("infallible");
+    let unit =
+        |unit| UnitState::new(config, unit, mesh, &device, compute, values).expect("infallible");
     Model {
         config: config.clone(),
         units: Unit::all(config).into_iter().map(unit).collect(),
-        compute: DType::F32,
+        compute,
         device: device.clone(),
         rope: RopeCache::default(),
         context: settings,

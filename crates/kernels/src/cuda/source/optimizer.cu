@@ -5,10 +5,12 @@ struct AdamW {
     float correction1, correction2;     // 1 − βᵗ
 };
 
+// With its fused products written out: left to the compiler, an element's last bit depends on whether it is
+// read alone or in a vector.
 __device__ __forceinline__ void adamw_one(float &w, float &m, float &v, float g, float decay, const AdamW &h) {
-    m = h.beta1 * m + (1.f - h.beta1) * g;
-    v = h.beta2 * v + (1.f - h.beta2) * g * g;
-    w = w * decay - h.lr * (m / h.correction1) / (sqrtf(v / h.correction2) + h.eps);
+    m = fmaf(h.beta1, m, (1.f - h.beta1) * g);
+    v = fmaf(h.beta2, v, (1.f - h.beta2) * g * g);
+    w = fmaf(w, decay, -(h.lr * (m / h.correction1) / (sqrtf(v / h.correction2) + h.eps)));
 }
 
 // A gradient where its parts lie. Part p has the elements begin[p] .. begin[p + 1], a multiple of four the
@@ -42,17 +44,47 @@ struct Parts {
     }
 };
 
-// Outputs may be the inputs. With keep[0] = 0 they are copied, whatever the gradient holds. `copy`, if given,
-// receives the weights in bf16. Elements are those of `grad`, which need not begin with the first.
-extern "C" __global__ void adamw(float *wo, float *mo, float *vo, u16 *copy, const float *wi, const float *mi, const float *vi, const __grid_constant__ Parts grad, const float *scale, const float *keep, u64 decay_begin, u64 decay_end, AdamW h) {
+// Halves of a weight: `ops/master.rs` says what they are.
+__device__ __forceinline__ float join(u16 high, u16 low) {
+    return __uint_as_float(((u32)high << 16) + (u32)(int)(short)low);
+}
+
+__device__ __forceinline__ u16 upper(float x) {
+    const u32 bits = __float_as_uint(x);
+    return x != x ? bits >> 16 | 0x40 : (bits + 0x8000u) >> 16;
+}
+
+__device__ __forceinline__ u16 lower(float x) {
+    return (u16)__float_as_uint(x);
+}
+
+// Two elements of each half in a word.
+__device__ __forceinline__ u32 two(u16 first, u16 second) {
+    return first | (u32)second << 16;
+}
+
+// The weights before element `wide` are in `w`, the others, counted from there, in halves. Outputs may be the
+// inputs. With keep[0] = 0 they are copied, whatever the gradient holds. Elements are those
+// of `grad`, which need not begin with the first.
+extern "C" __global__ void adamw(float *wo, u16 *ho, u16 *lo, float *mo, float *vo, const float *wi, const u16 *hi, const u16 *li, const float *mi, const float *vi, const __grid_constant__ Parts grad, const float *scale, const float *keep, u64 wide, u64 decay_begin, u64 decay_end, AdamW h) {
     const float factor = *scale;
     const bool apply = *keep != 0.f;
     const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    const u64 n = grad.begin[grad.count], n4 = n / 4;
+    const u64 n = grad.begin[grad.count];
+    // Where halves begin between two vectors; else one element at a time, which small models alone need.
+    const u64 n4 = (wide & 3) && wide < n ? grad.begin[0] / 4 : n / 4, wide4 = wide / 4;
     int p = 0;
     for (u64 i = grad.begin[0] / 4 + first; i < n4; i += stride) {
         p = grad.find(4 * i, p);
-        float4 w = ((const float4 *)wi)[i], m = ((const float4 *)mi)[i], v = ((const float4 *)vi)[i];
+        const bool whole = 4 * i < wide;
+        uint2 high = make_uint2(0, 0), low = high;
+        float4 w, m = ((const float4 *)mi)[i], v = ((const float4 *)vi)[i];
+        if (whole) {
+            w = ((const float4 *)wi)[i];
+        } else {
+            high = ((const uint2 *)hi)[i - wide4], low = ((const uint2 *)li)[i - wide4];
+            w = make_float4(join(high.x, low.x), join(high.x >> 16, low.x >> 16), join(high.y, low.y), join(high.y >> 16, low.y >> 16));
+        }
         const float4 g = grad.four(i, p);
         if (apply) {
             float *ws = &w.x, *ms = &m.x, *vs = &v.x;
@@ -62,15 +94,27 @@ extern "C" __global__ void adamw(float *wo, float *mo, float *vo, u16 *copy, con
                 const u64 at = 4 * i + j;
                 adamw_one(ws[j], ms[j], vs[j], gs[j] * factor, at >= decay_begin && at < decay_end ? h.decay : 1.f, h);
             }
+            high = make_uint2(two(upper(w.x), upper(w.y)), two(upper(w.z), upper(w.w)));
+            low = make_uint2(two(lower(w.x), lower(w.y)), two(lower(w.z), lower(w.w)));
         }
-        ((float4 *)wo)[i] = w, ((float4 *)mo)[i] = m, ((float4 *)vo)[i] = v;
-        if (copy) ((uint2 *)copy)[i] = make_uint2(pack(w.x, w.y), pack(w.z, w.w));
+        ((float4 *)mo)[i] = m, ((float4 *)vo)[i] = v;
+        if (whole) {
+            ((float4 *)wo)[i] = w;
+        } else {
+            ((uint2 *)ho)[i - wide4] = high, ((uint2 *)lo)[i - wide4] = low;
+        }
     }
     for (u64 i = 4 * n4 + first; i < n; i += stride) {
-        float w = wi[i], m = mi[i], v = vi[i];
-        if (apply) adamw_one(w, m, v, grad.one(i, grad.count - 1) * factor, i >= decay_begin && i < decay_end ? h.decay : 1.f, h);
-        wo[i] = w, mo[i] = m, vo[i] = v;
-        if (copy) copy[i] = narrow(w);
+        p = grad.find(i, p);
+        const bool whole = i < wide;
+        float w = whole ? wi[i] : join(hi[i - wide], li[i - wide]), m = mi[i], v = vi[i];
+        if (apply) adamw_one(w, m, v, grad.one(i, p) * factor, i >= decay_begin && i < decay_end ? h.decay : 1.f, h);
+        mo[i] = m, vo[i] = v;
+        if (whole) {
+            wo[i] = w;
+        } else {
+            ho[i - wide] = upper(w), lo[i - wide] = lower(w);
+        }
     }
 }
 
