@@ -111,9 +111,7 @@ impl BaseModel {
                 plan.read(&spec.name, range, values)
             };
             let master = layout.read_shard(mesh.shard.rank(), read)?;
-            Ok(UnitState::from_shard(
-                unit, layout, &master, device, compute,
-            ))
+            Ok(UnitState::from_shard(unit, layout, master, device, compute))
         };
         Unit::all(&config.model).into_iter().map(unit).collect()
     }
@@ -332,7 +330,7 @@ mod tests {
         let range = block.layout.range(conv.unwrap());
         let mut values = block.master.read(0..block.master.len()).unwrap();
         values[range].iter_mut().for_each(|value| *value += 0.1);
-        let master = Master::new(&values, values.len(), &model.device);
+        let master = Master::new(values, block.master.len(), &model.device);
         block.update(master, block.moments.clone());
         for exact in [true, false] {
             let refused = base.check_unchanged(&mut model, &row, &mesh, exact);

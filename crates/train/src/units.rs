@@ -59,7 +59,7 @@ impl UnitState {
             out.copy_from_slice(&values(spec)?[elements]);
             Ok(())
         })?;
-        Ok(Self::from_shard(unit, layout, &shard, device, compute))
+        Ok(Self::from_shard(unit, layout, shard, device, compute))
     }
 
     /// A unit of which this rank's shard, padded, is `master`; moments zero. The model computes in
@@ -67,7 +67,7 @@ impl UnitState {
     pub fn from_shard(
         unit: Unit,
         layout: FlatLayout,
-        master: &[f32],
+        master: Vec<f32>,
         device: &Device,
         compute: DType,
     ) -> Self {

@@ -59,7 +59,7 @@ fn saving() {
                     UnitState::from_shard(
                         unit,
                         layout,
-                        &master.expect("infallible"),
+                        master.expect("infallible"),
                         &device,
                         DType::F32,
                     )

@@ -90,7 +90,10 @@ pub fn step(
     hyper: &AdamW,
 ) -> Result<(Master, Moments), (Master, Moments)> {
     let inputs = (|| Some((Gradient::of(grad)?, f32(scale)?, f32(keep)?)))();
-    let on_gpu = f32(&moments.first).is_some() && f32(&moments.second).is_some();
+    let high = held.halves.as_ref().map(|halves| &halves.high);
+    let on_gpu = (held.wide.iter().chain(high))
+        .chain([&moments.first, &moments.second])
+        .all(|tensor| Buffer::of(tensor).is_some());
     let (Some((grad, scale, keep)), true) = (inputs, on_gpu) else {
         return Err((held, moments));
     };

@@ -141,8 +141,8 @@ mod tests {
 
     /// Weights of which the first `wide` are f32 and the others in halves.
     fn held(wide: usize) -> Master {
-        let values: Vec<f32> = values(&random(1)).iter().map(|w| *w as f32).collect();
-        Master::new(&values, wide, &Device::flex())
+        let values = values(&random(1)).iter().map(|w| *w as f32).collect();
+        Master::new(values, wide, &Device::flex())
     }
 
     fn start() -> (Master, Moments) {

@@ -89,15 +89,13 @@ impl Halves {
 
 impl Master {
     /// `values`, of which those from `wide` on are held in halves.
-    pub fn new(values: &[f32], wide: usize, device: &Device) -> Self {
-        let (first, others) = values.split_at(wide.min(values.len()));
-        let first = (!first.is_empty()).then(|| {
-            let data = TensorData::new(first.to_vec(), [first.len()]);
-            Tensor::from_data(data, (device, DType::F32))
-        });
+    pub fn new(mut values: Vec<f32>, wide: usize, device: &Device) -> Self {
+        let others = values.split_off(wide.min(values.len()));
+        let len = [values.len()];
+        let first = || Tensor::from_data(TensorData::new(values, len), (device, DType::F32));
         Self {
-            wide: first,
-            halves: (!others.is_empty()).then(|| Halves::new(others, device)),
+            wide: (len != [0]).then(first),
+            halves: (!others.is_empty()).then(|| Halves::new(&others, device)),
         }
     }
 
@@ -211,7 +209,7 @@ impl Master {
         }
         let device = values.device();
         let values: Vec<f32> = host(values.try_to_data()).expect("weights on the host");
-        Self::new(&values, self.wide_len(), &device)
+        Self::new(values, self.wide_len(), &device)
     }
 
     /// What of `range` is f32, and what is in halves, counted from the first of these.
@@ -310,7 +308,7 @@ mod tests {
         let device = Device::flex();
         for wide in [0, 5, 23] {
             let all = values(23);
-            let master = Master::new(&all, wide, &device);
+            let master = Master::new(all.clone(), wide, &device);
             assert_eq!((master.len(), master.wide_len()), (23, wide));
             for (start, end) in [(0, 23), (0, 3), (2, 7), (5, 23), (9, 9), (11, 20)] {
                 let range = start..end;
@@ -332,7 +330,7 @@ mod tests {
     fn what_the_model_computes_with() {
         let device = Device::flex();
         let all = values(9);
-        let master = Master::new(&all, 4, &device);
+        let master = Master::new(all.clone(), 4, &device);
         let first = master.computed(0..4, DType::F32);
         assert_eq!(host::<f32, _>(first.try_to_data()).unwrap(), all[..4]);
         let expected: Vec<bf16> = all[5..8].iter().map(|value| split(*value).0).collect();

@@ -182,9 +182,7 @@ impl Checkpoint {
     ) -> Result<UnitState, TrainError> {
         let layout = FlatLayout::new(model, unit, mesh.shard.size());
         let master = read_shard(&self.model, "", &layout, mesh)?;
-        Ok(UnitState::from_shard(
-            unit, layout, &master, device, compute,
-        ))
+        Ok(UnitState::from_shard(unit, layout, master, device, compute))
     }
 }
 
