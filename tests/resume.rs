@@ -42,6 +42,29 @@ fn two_resumes_change_nothing() {
     assert!(state(&whole.newest()) != state(&other.newest()));
 }
 
+/// A model that computes in bf16, whose weights a run holds in halves, goes on from a checkpoint in f32.
+#[test]
+fn bf16_weights_are_resumed_bit_for_bit() {
+    let bf16 = ["--set", "train.compute=bf16"];
+    let run = Run::new(14);
+    run.train_well(&bf16);
+    let (last, end) = (run.newest(), state(&run.newest()));
+    std::fs::remove_dir_all(&last).expect("remove the last checkpoint");
+    let again = run.train(&bf16);
+    let told = format!(
+        "{}{}",
+        String::from_utf8_lossy(&again.stdout),
+        stderr(&again)
+    );
+    assert!(told.contains("at step 10"), "{told}");
+    assert!(state(&last) == end, "four steps again end elsewhere");
+
+    // Control: f32 ends elsewhere.
+    let other = Run::new(14);
+    other.train_well(&[]);
+    assert!(state(&other.newest()) != end);
+}
+
 /// Recomputing activations changes memory, not numbers.
 #[test]
 fn recomputed_activations_give_the_same_run() {
