@@ -19,6 +19,7 @@ pub const SOURCE: &str = concat!(
     include_str!("source/norm.cu"),
     include_str!("source/heads.cu"),
     include_str!("source/hopper.cu"),
+    include_str!("source/hopper_gated.cu"),
     include_str!("source/conv.cu"),
     include_str!("source/scan.cu"),
     include_str!("source/loss.cu"),

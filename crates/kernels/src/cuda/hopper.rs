@@ -1,5 +1,5 @@
-//! Matrix products that end in SwiGLU, for Hopper GPUs (`source/hopper.cu`): what the separate kernels
-//! read and write between product and activation stays in registers.
+//! Matrix products that end in SwiGLU, for Hopper GPUs (`source/hopper.cu`, `source/hopper_gated.cu`): what
+//! the separate kernels read and write between product and activation stays in registers.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,11 +15,19 @@ const TILE: usize = 128;
 const DEPTH: usize = 64;
 const STAGES: usize = 6;
 
-/// Columns of each of the two matrices in a tile of the forward product.
-const HALF: usize = 64;
+/// Columns of each of the two matrices in a tile of the forward product, and its stages.
+const HALF: usize = 128;
+const HELD_STAGES: usize = 4;
 
-/// Bytes of shared memory: two tiles a stage, and what aligns the first.
-const SHARED: usize = STAGES * 2 * TILE * DEPTH * 2 + 1024;
+/// Bytes of shared memory of so many stages, each of `lines` lines of depth: they, and what aligns the
+/// first.
+const fn shared(stages: usize, lines: usize) -> u32 {
+    (stages * lines * DEPTH * 2 + 1024) as u32
+}
+
+/// Of a product of two tiles, and of the forward product.
+const SHARED: u32 = shared(STAGES, 2 * TILE);
+const SHARED_GATED: u32 = shared(HELD_STAGES, TILE + 2 * HALF);
 
 /// A product of this process ran on a kernel of this file.
 static RAN: AtomicBool = AtomicBool::new(false);
@@ -90,8 +98,8 @@ fn fits(cx: &mut Context, matrices: &[&Matrix], outputs: &[u64], k: usize, f: us
 
 impl Context<'_> {
     /// gate and up side by side `[T, 2F]` into `pair`, unless that is 0, and `Z = silu(gate) ∘ up` `[T, F]`
-    /// into `z`, with gate = x `gate`ᵀ and up = x `up`ᵀ: x `[T, D]`, gate, up `[F, D]`. Returns whether there is a kernel
-    /// for them; else nothing was done.
+    /// into `z`, with gate = x `gate`ᵀ and up = x `up`ᵀ: x `[T, D]`, gate, up `[F, D]`. Returns whether there
+    /// is a kernel for them; else nothing was done.
     pub fn gated_product(
         &mut self,
         x: Matrix,
@@ -113,7 +121,7 @@ impl Context<'_> {
             Arg::Int(k as i32),
         ];
         self.doing(Work::Flops(4.0 * x.rows as f64 * (f * k) as f64))
-            .launch_clusters("product_gated", &args)
+            .launch_clusters("product_gated", SHARED_GATED, &args)
     }
 
     /// Back through SwiGLU from dy, with dZ = dy `down`: the gradients of gate and up side by side
@@ -141,7 +149,7 @@ impl Context<'_> {
             Arg::Int(k as i32),
         ];
         self.doing(Work::Flops(2.0 * dy.rows as f64 * (f * k) as f64))
-            .launch_clusters("product_gated_backward", &args)
+            .launch_clusters("product_gated_backward", SHARED, &args)
     }
 
     /// Back through SwiGLU where the down projection learned: dZ = dy Wᵢ + v Gᵢ for piece i of `piece` tokens;
@@ -179,13 +187,18 @@ impl Context<'_> {
         ];
         let rows = dy.rows + gets.count_ones() as usize * piece;
         self.doing(Work::Flops(2.0 * rows as f64 * (f * d) as f64))
-            .launch_clusters("product_learned_backward", &args)
+            .launch_clusters("product_learned_backward", SHARED, &args)
     }
 
     /// One block on each multiprocessor, in clusters of two.
-    fn launch_clusters(&mut self, name: &'static str, args: &[Arg]) -> Result<bool, String> {
+    fn launch_clusters(
+        &mut self,
+        name: &'static str,
+        shared: u32,
+        args: &[Arg],
+    ) -> Result<bool, String> {
         let blocks = self.processors()? / 2 * 2;
-        self.launch_shared(name, (blocks, 1, 1), THREADS, SHARED as u32, args)?;
+        self.launch_shared(name, (blocks, 1, 1), THREADS, shared, args)?;
         RAN.store(true, Ordering::Relaxed);
         Ok(true)
     }

@@ -112,7 +112,12 @@ pub fn all() -> Vec<Op> {
         mlp(2, 101, 96, 264, false),
         mlp(1, 130, 1024, 128, true),
         mlp(3, 333, 192, 384, false),
+        // On Hopper one product makes gate, up and Z: the last rows fill no tile; the first has more tiles
+        // than a GPU has blocks.
+        also_untracked(mlp(3, 1000, 512, 1024, true)),
+        also_untracked(mlp(1, 1000, 1024, 384, false)),
         gate(2, 101, 96, 264),
+        also_untracked(gate(1, 1000, 512, 384)),
         learning(
             "rows in one group",
             Packing::whole_rows(3, 64),
@@ -313,6 +318,29 @@ fn composed(y: Tensor<1>) -> Tensor<1> {
     match y.dtype() {
         DType::BF16 => y * f32::NAN,
         _ => y,
+    }
+}
+
+/// The operation, and behind its result that of the same where nothing is tracked.
+fn also_untracked(op: Op) -> Op {
+    let run = op.run;
+    let both = move |x: &[Tensor<1>]| {
+        let y = run(x);
+        let untracked = |t: &Tensor<1>| match t.is_tracked() {
+            true => t.clone().inner(),
+            false => t.clone(),
+        };
+        let again = run(&x.iter().map(untracked).collect::<Vec<_>>());
+        let again = match y.is_tracked() {
+            true => again.autodiff(),
+            false => again,
+        };
+        Tensor::cat(vec![y, again], 0)
+    };
+    Op {
+        name: format!("{}, also untracked", op.name),
+        run: Box::new(both),
+        ..op
     }
 }
 

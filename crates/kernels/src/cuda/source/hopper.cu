@@ -1,8 +1,8 @@
-// Matrix products with SwiGLU in their last step, for Hopper: TMA, wgmma, one producer and two consumer
+// Back through SwiGLU at the end of a matrix product, for Hopper: TMA, wgmma, one producer and two consumer
 // warpgroups that take turns, so that one multiplies while the other finishes its tile.
 //
-// C = A B over tiles of 128 × 128 × 64, bf16 in, f32 sums. A: [M, K] row-major, K a multiple of 64, F of
-// 128. Shared memory holds STAGES pairs of tiles in TMA's 128-byte swizzle.
+// C = A B over tiles of 128 × 128 × 64, bf16 in, f32 sums. A: [M, K] row-major, B: [K, F] row-major, K a
+// multiple of 64, F of 128. Shared memory holds STAGES pairs of tiles in TMA's 128-byte swizzle.
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -54,8 +54,7 @@ __device__ __forceinline__ u64 descriptor(u32 at, u32 leading, u32 stride) {
     return (u64)((at & 0x3ffff) >> 4) | (u64)leading << 16 | (u64)stride << 32 | (u64)1 << 62;
 }
 
-// sum[64] += A (64 × 16) B (16 × 128); TRANSPOSED: B's rows lie along memory.
-template <int TRANSPOSED>
+// sum[64] += A (64 × 16) B (16 × 128), B's rows along memory.
 __device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b) {
     asm volatile(
         "{\n"
@@ -64,7 +63,7 @@ __device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b) {
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, 1, 1, 1, 0, %66;\n"
+        "%64, %65, 1, 1, 1, 0, 1;\n"
         "}\n"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
           "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
@@ -74,7 +73,7 @@ __device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b) {
           "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
           "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-        : "l"(a), "l"(b), "n"(TRANSPOSED));
+        : "l"(a), "l"(b));
 }
 
 // Keeps the compiler from moving uses of the sums across the asynchronous products.
@@ -131,12 +130,18 @@ __device__ __forceinline__ void load_box_for_both(u32 to, const TensorMap *map, 
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "h"((u16)3) : "memory");
 }
 
-enum { GATED = 0, GATED_BACKWARD = 1, LEARNED_BACKWARD = 2 };
+// Where a cluster's pair of tiles begins, in tiles; pairs go down GROUP rows, then to the next column.
+__device__ __forceinline__ void place(int tile, int across, int down, int &row, int &column) {
+    const int band = tile / (GROUP * across), within = tile % (GROUP * across);
+    const int rows = min(GROUP, down - band * GROUP);
+    row = 2 * (band * GROUP + within % rows), column = within / rows;
+}
 
-// GATED. B: two matrices [F, K] row-major, N = 2 F; a tile holds 64 columns of each. out0 ← gate and up
-//   side by side [M, 2F] unless it is null, out1 ← Z = silu(gate) ∘ up [M, F].
-// GATED_BACKWARD. B: [K, F] row-major, C = dZ, N = F. in: gate and up side by side; out0 ← their gradients,
-//   out1 ← Z.
+enum { GATED_BACKWARD = 0, LEARNED_BACKWARD = 1 };
+
+// C = dZ. in: gate and up side by side [M, 2F].
+//
+// GATED_BACKWARD. out0 ← the gradients of gate and up side by side, out1 ← Z = silu(gate) ∘ up [M, F].
 // LEARNED_BACKWARD. Two products into the same sums, each of half of K: C = A B + A' B', where each `piece`
 //   rows of A and A' have matrices B and B' [K/2, F] of their own, one below the other. A' B' is left out of
 //   piece i, and that B' not read, unless bit i of `second` is set. Else as GATED_BACKWARD, without out1.
@@ -144,7 +149,7 @@ enum { GATED = 0, GATED_BACKWARD = 1, LEARNED_BACKWARD = 2 };
 // The two blocks of a cluster take tiles one below the other; each loads half of the B that both use. A piece
 // is a multiple of two tiles, so that both are in the same and equally deep.
 template <int FORM>
-__device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap *map_a1, const TensorMap *map_b0, const TensorMap *map_b1, u16 *out0, u16 *out1, const u16 *in, int m, int f, int k, int piece, u32 second) {
+__device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap *map_a1, const TensorMap *map_b, const TensorMap *map_b1, u16 *out0, u16 *out1, const u16 *in, int m, int f, int k, int piece, u32 second) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(8) u64 barriers[2 * STAGES + 2];
     const u32 tiles = (shared_at(memory) + 1023) & ~1023u;
@@ -160,14 +165,8 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
     }
     cluster_sync();
     const int blocks = k / DEPTH;
-    const int across = FORM == GATED ? f / 64 : f / TILE, down = (m + 2 * TILE - 1) / (2 * TILE);
+    const int across = f / TILE, down = (m + 2 * TILE - 1) / (2 * TILE);
     const int all = across * down, clusters = gridDim.x / 2;
-    // Pairs of tiles go down GROUP rows, then to the next column.
-    auto place = [&](int tile, int &row, int &column) {
-        const int band = tile / (GROUP * across), within = tile % (GROUP * across);
-        const int rows = min(GROUP, down - band * GROUP);
-        row = 2 * (band * GROUP + within % rows) + rank, column = within / rows;
-    };
     // Blocks of a tile's depth.
     auto depth = [&](int row) { return FORM != LEARNED_BACKWARD || second >> (row * TILE / piece) & 1 ? blocks : blocks / 2; };
     if (group == 0) {
@@ -177,24 +176,22 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
             u32 phase = 1;
             for (int tile = blockIdx.x / 2; tile < all; tile += clusters) {
                 int row, column;
-                place(tile, row, column);
+                place(tile, across, down, row, column);
+                row += rank;
                 const int deep = depth(row);
                 for (int b = 0; b < deep; b++) {
                     barrier_wait(empty + 8 * stage, phase);
                     const u32 here = full + 8 * stage, a = tiles + stage * 2 * TILE_BYTES;
                     const u32 to = a + TILE_BYTES + rank * (TILE_BYTES / 2);
                     barrier_expect(here, 2 * TILE_BYTES);
-                    if (FORM == GATED) {
+                    if (FORM == GATED_BACKWARD) {
                         load_box(a, map_a, b * DEPTH, row * TILE, here);
-                        load_box_for_both(to, rank ? map_b1 : map_b0, b * DEPTH, column * 64, here);
-                    } else if (FORM == GATED_BACKWARD) {
-                        load_box(a, map_a, b * DEPTH, row * TILE, here);
-                        load_box_for_both(to, map_b0, column * TILE + 64 * rank, b * DEPTH, here);
+                        load_box_for_both(to, map_b, column * TILE + 64 * rank, b * DEPTH, here);
                     } else {
                         const bool other = b >= blocks / 2;
                         const int from = (other ? b - blocks / 2 : b) * DEPTH;
                         load_box(a, other ? map_a1 : map_a, from, row * TILE, here);
-                        load_box_for_both(to, other ? map_b1 : map_b0, column * TILE + 64 * rank, row * TILE / piece * (k / 2) + from, here);
+                        load_box_for_both(to, other ? map_b1 : map_b, column * TILE + 64 * rank, row * TILE / piece * (k / 2) + from, here);
                     }
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
@@ -207,7 +204,8 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
         u32 opened = own ^ 1;
         for (int tile = blockIdx.x / 2, next = 0; tile < all; tile += clusters, next ^= 1) {
             int row, column;
-            place(tile, row, column);
+            place(tile, across, down, row, column);
+            row += rank;
             const int deep = depth(row);
             const u32 before = step;
             step += deep;
@@ -224,7 +222,7 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
                     up[g] = *(const uint4 *)(in + at + f + 32 * g);
                 }
             };
-            if (FORM != GATED) fetch(0); // arrives while the other consumer multiplies
+            fetch(0); // arrives while the other consumer multiplies
             barrier_wait(turn + 8 * own, opened);
             opened ^= 1;
             float sums[2][64];
@@ -239,13 +237,12 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
                 const u32 a = tiles + stage * 2 * TILE_BYTES, c = a + TILE_BYTES;
                 fence_sums(sums[0]), fence_sums(sums[1]);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                // 16 along K: 32 bytes of a row of A and of a row-major B; 16 rows of a B that is not.
-                constexpr int TRANSPOSED = FORM != GATED;
+                // 16 along K: 32 bytes of a row of A, 16 rows of B.
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const u64 db = TRANSPOSED ? descriptor(c + i * 2048, 512, 64) : descriptor(c + i * 32, 1, 64);
-                    multiply<TRANSPOSED>(sums[0], descriptor(a + i * 32, 1, 64), db);
-                    multiply<TRANSPOSED>(sums[1], descriptor(a + 8192 + i * 32, 1, 64), db);
+                    const u64 db = descriptor(c + i * 2048, 512, 64);
+                    multiply(sums[0], descriptor(a + i * 32, 1, 64), db);
+                    multiply(sums[1], descriptor(a + 8192 + i * 32, 1, 64), db);
                 }
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 fence_sums(sums[0]), fence_sums(sums[1]);
@@ -261,38 +258,19 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
             for (int i = 0; i < 4; i++) {
                 const u64 l = line(i);
                 const bool in_range = l < m;
-                if (FORM == GATED) {
+                F8 x[4], y[4];
 #pragma unroll
-                    for (int g = 0; g < 2; g++) {
-                        const int c = column * 64 + 32 * g + 8 * (lane % 4);
-                        const uint4 x = row_block(sums[i / 2], g, i % 2), y = row_block(sums[i / 2], g + 2, i % 2);
-                        const F8 gate = unpack(x), up = unpack(y);
-                        F8 z;
+                for (int g = 0; g < 4; g++) x[g] = unpack(gate[g]), y[g] = unpack(up[g]);
+                if (i < 3) fetch(i + 1);
 #pragma unroll
-                        for (int j = 0; j < 8; j++) z.v[j] = gate.v[j] * sigmoid(gate.v[j]) * up.v[j];
-                        if (in_range) {
-                            if (out0) {
-                                *(uint4 *)(out0 + l * 2 * f + c) = x;
-                                *(uint4 *)(out0 + l * 2 * f + f + c) = y;
-                            }
-                            store8(out1 + l * f + c, z);
-                        }
-                    }
-                } else {
-                    F8 x[4], y[4];
-#pragma unroll
-                    for (int g = 0; g < 4; g++) x[g] = unpack(gate[g]), y[g] = unpack(up[g]);
-                    if (i < 3) fetch(i + 1);
-#pragma unroll
-                    for (int g = 0; g < 4; g++) {
-                        const F8 dz = unpack(row_block(sums[i / 2], g, i % 2));
-                        F8 dx, dy, z;
-                        swiglu_all(x[g], y[g], dz, dx, dy, z);
-                        if (in_range) {
-                            store8(out0 + l * 2 * f + c + 32 * g, dx);
-                            store8(out0 + l * 2 * f + f + c + 32 * g, dy);
-                            if (FORM == GATED_BACKWARD) store8(out1 + l * f + c + 32 * g, z);
-                        }
+                for (int g = 0; g < 4; g++) {
+                    const F8 dz = unpack(row_block(sums[i / 2], g, i % 2));
+                    F8 dx, dy, z;
+                    swiglu_all(x[g], y[g], dz, dx, dy, z);
+                    if (in_range) {
+                        store8(out0 + l * 2 * f + c + 32 * g, dx);
+                        store8(out0 + l * 2 * f + f + c + 32 * g, dy);
+                        if (FORM == GATED_BACKWARD) store8(out1 + l * f + c + 32 * g, z);
                     }
                 }
             }
@@ -301,10 +279,6 @@ __device__ __forceinline__ void product(const TensorMap *map_a, const TensorMap 
     // No block leaves while the other may still write to it.
     __syncwarp();
     cluster_sync();
-}
-
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_gated(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, u16 *pair, u16 *z, int m, int f, int k) {
-    product<GATED>(&a, &a, &gate, &up, pair, z, nullptr, m, f, k, m, 0);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_gated_backward(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap down, u16 *dpair, u16 *z, const u16 *pair, int m, int f, int k) {

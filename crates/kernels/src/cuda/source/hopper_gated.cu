@@ -1,0 +1,188 @@
+// Gate, up and Z = silu(gate) ∘ up of one product, for Hopper. Comes after hopper.cu.
+//
+// A consumer never waits for memory: at the end of a tile it rounds its sums to bf16, which halves the
+// registers they take, and begins the next tile. What it holds leaves in parts, SwiGLU and all, each while
+// wgmma multiplies one block of the new tile.
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// A tile: 128 rows, 64 to a consumer; HALF columns of gate and the same of up.
+constexpr int HALF = 128, HELD_STAGES = 4;
+constexpr int HALF_BYTES = HALF * DEPTH * 2, HELD_STAGE_BYTES = TILE_BYTES + 2 * HALF_BYTES;
+// Parts that a tile leaves in: of 32 columns, for a thread eight of one row.
+constexpr int PARTS = HALF / 16;
+
+// sum[128] = A (64 × 16) B (16 × 256), both with K along memory; added to the sum if it `counts`.
+__device__ __forceinline__ void multiply_wide(float (&d)[128], u64 a, u64 b, u32 counts) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %130, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "%128, %129, p, 1, 1, 0, 0;\n"
+        "}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
+          "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
+          "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
+          "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
+          "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
+          "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
+          "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
+          "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
+          "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+        : "l"(a), "l"(b), "r"(counts));
+}
+
+__device__ __forceinline__ void fence_sums(float (&d)[128]) {
+#pragma unroll
+    for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// a: [M, K]; gate, up: [F, K]. pair ← gate and up side by side [M, 2F] unless it is null, z ← Z [M, F]. F a
+// multiple of 128, K of 64.
+//
+// The two blocks of a cluster take tiles one below the other; one loads gate's part for both, one up's.
+__device__ __forceinline__ void gated(const TensorMap *map_a, const TensorMap *map_gate, const TensorMap *map_up, u16 *pair, u16 *z, int m, int f, int k) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    __shared__ __align__(8) u64 barriers[2 * HELD_STAGES];
+    const u32 skip = -shared_at(memory) & 1023, stages = shared_at(memory) + skip;
+    const u32 full = shared_at(barriers), empty = full + 8 * HELD_STAGES;
+    const int group = threadIdx.x / 128;
+    const u32 rank = cluster_rank();
+    if (threadIdx.x == 0) {
+        // A stage is empty when both consumers of both blocks have multiplied it.
+        for (int s = 0; s < HELD_STAGES; s++) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, 4);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    cluster_sync();
+    // A block for each part of the tile before: beyond K, TMA fills in zeros.
+    const int blocks = max(k / DEPTH, PARTS);
+    const int across = f / HALF, down = (m + 2 * TILE - 1) / (2 * TILE);
+    const int all = across * down, clusters = gridDim.x / 2;
+    if (group == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == 0) {
+            int stage = 0;
+            u32 phase = 1;
+            for (int tile = blockIdx.x / 2; tile < all; tile += clusters) {
+                int row, column;
+                place(tile, across, down, row, column);
+#pragma unroll 1 // there are few registers
+                for (int b = 0; b < blocks; b++) {
+                    barrier_wait(empty + 8 * stage, phase);
+                    const u32 here = full + 8 * stage, to = stages + stage * HELD_STAGE_BYTES;
+                    barrier_expect(here, HELD_STAGE_BYTES);
+                    load_box(to, map_a, b * DEPTH, (row + rank) * TILE, here);
+                    load_box_for_both(to + TILE_BYTES + rank * HALF_BYTES, rank ? map_up : map_gate, b * DEPTH, column * HALF, here);
+                    if (++stage == HELD_STAGES) stage = 0, phase ^= 1;
+                }
+            }
+        }
+    } else if (blockIdx.x / 2 < all) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        const int own = group - 1, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+        int stage = 0, last = 0;
+        u32 phase = 0;
+        float sums[128];
+        auto issue = [&](int b) {
+            barrier_wait(full + 8 * stage, phase);
+            const u32 x = stages + stage * HELD_STAGE_BYTES + own * (TILE_BYTES / 2), y = stages + stage * HELD_STAGE_BYTES + TILE_BYTES;
+            fence_sums(sums);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            // 16 along K: 32 bytes of a row.
+#pragma unroll
+            for (int i = 0; i < 4; i++) multiply_wide(sums, descriptor(x + i * 32, 1, 64), descriptor(y + i * 32, 1, 64), i || b);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            fence_sums(sums);
+        };
+        auto release = [&]() {
+            if (thread < 2) barrier_arrive_in(empty + 8 * last, thread);
+        };
+        // Waits for the block before b.
+        auto settle = [&](int b) {
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            if (b) release();
+            last = stage;
+            if (++stage == HELD_STAGES) stage = 0, phase ^= 1;
+        };
+        // bf16 pairs of the tile before: for each part four of gate, four of up. None yet: no row is in range.
+        u32 held[PARTS * 8];
+        int line = m, at = 0;
+#pragma unroll
+        for (int i = 0; i < PARTS * 8; i++) held[i] = 0;
+        auto leave = [&](int part, const u32 *v) {
+            const uint4 x = gather_block(v[0], v[1], v[2], v[3]), y = gather_block(v[4], v[5], v[6], v[7]);
+            const int l = line + part / (PARTS / 2) * 8, c = at + part % (PARTS / 2) * 32;
+            const bool in_range = l < m;
+            if (pair && in_range) {
+                u16 *to = pair + (u64)l * 2 * f + c;
+                *(uint4 *)to = x;
+                *(uint4 *)(to + f) = y;
+            }
+            const F8 g = unpack(x), u = unpack(y);
+            F8 product;
+#pragma unroll
+            for (int j = 0; j < 8; j++) product.v[j] = g.v[j] * sigmoid(g.v[j]) * u.v[j];
+            if (in_range) store8(z + (u64)l * f + c, product);
+        };
+        int tile = blockIdx.x / 2;
+        do {
+#pragma unroll
+            for (int b = 0; b < PARTS; b++) {
+                issue(b);
+                leave(b, held + b * 8);
+                settle(b);
+            }
+            for (int b = PARTS; b < blocks; b++) issue(b), settle(b);
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            fence_sums(sums);
+            release();
+#pragma unroll
+            for (int i = 0; i < PARTS * 8; i++) {
+                // Pair i % 4 of a part, of columns 8 (i % 4) ..; up's sums follow gate's.
+                const int part = i / 8, block = part % (PARTS / 2) * 4 + i % 4;
+                const int from = i % 8 / 4 * 64 + 4 * block + part / (PARTS / 2) * 2;
+                held[i] = pack(sums[from], sums[from + 1]);
+            }
+            int row, column;
+            place(tile, across, down, row, column);
+            line = (row + rank) * TILE + own * 64 + warp * 16 + lane / 4, at = column * HALF + 8 * (lane % 4);
+        } while ((tile += clusters) < all);
+        // The last tile leaves by way of the stages, which are all used up: were its registers read once more
+        // here, they would not all stay registers above.
+        asm volatile("bar.sync 1, 256;" ::: "memory");
+        uint4 *mine = (uint4 *)(memory + skip) + threadIdx.x - 128;
+#pragma unroll
+        for (int i = 0; i < 2 * PARTS; i++) mine[256 * i] = make_uint4(held[4 * i], held[4 * i + 1], held[4 * i + 2], held[4 * i + 3]);
+#pragma unroll 1
+        for (int part = 0; part < PARTS; part++) {
+            const uint4 x = mine[512 * part], y = mine[512 * part + 256];
+            const u32 v[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+            leave(part, v);
+        }
+    }
+    // No block leaves while the other may still write to it.
+    __syncwarp();
+    cluster_sync();
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_gated(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, u16 *pair, u16 *z, int m, int f, int k) {
+    gated(&a, &gate, &up, pair, z, m, f, k);
+}
+
+#endif
