@@ -1,63 +1,87 @@
 //! Initial values: a function of the run's seed and the parameter's name alone, so that they do not
 //! depend on the number of ranks, their order or the device.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::ops::Range;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, Normal};
 use ttt_model::{Init, ParamSpec};
 
+/// Elements that are drawn one after the other. Blocks have seeds of their own, so that any core, and any
+/// rank, draws any of them.
+const BLOCK: usize = 1 << 16;
+
 /// The initial values of `spec`, row-major.
 pub fn initial_values(spec: &ParamSpec, seed: u64) -> Vec<f32> {
-    let count = spec.len();
+    let mut values = vec![0.0; spec.len()];
+    draw(spec, seed, 0..spec.len(), &mut values);
+    values
+}
+
+/// Elements `range` of [`initial_values`] into `values`, of the same length, on all of the machine's cores.
+pub fn draw(spec: &ParamSpec, seed: u64, range: Range<usize>, values: &mut [f32]) {
     match spec.init {
-        Init::Ones => vec![1.0; count],
-        Init::Zeros => vec![0.0; count],
-        Init::Normal(std) => normals(&spec.name, seed, std).take(count).collect(),
+        Init::Ones => values.fill(1.0),
+        Init::Zeros => values.fill(0.0),
+        Init::Normal(std) => normals(&spec.name, seed, std, range, values),
         Init::Diagonal(std) => {
             let width = spec.shape[0];
-            let mut values = vec![0.0; count];
-            for (i, value) in normals(&spec.name, seed, std).take(width).enumerate() {
-                values[i * width + i] = value;
+            let mut diagonal = vec![0.0; width];
+            normals(&spec.name, seed, std, 0..width, &mut diagonal);
+            values.fill(0.0);
+            for (i, value) in diagonal.into_iter().enumerate() {
+                let at = i * width + i;
+                if range.contains(&at) {
+                    values[at - range.start] = value;
+                }
             }
-            values
         }
     }
 }
 
-/// [`initial_values`] of several parameters, on all of the machine's cores.
-pub fn initial_values_of(specs: &[ParamSpec], seed: u64) -> Vec<Vec<f32>> {
-    let workers = std::thread::available_parallelism().map_or(1, usize::from);
-    let next = AtomicUsize::new(0);
-    let mut values = vec![vec![]; specs.len()];
-    let made: Vec<(usize, Vec<f32>)> = std::thread::scope(|scope| {
-        let work = || {
-            let indices = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
-            let mine = indices.map_while(|i| Some((i, initial_values(specs.get(i)?, seed))));
-            mine.collect::<Vec<_>>()
-        };
-        let threads: Vec<_> = (0..workers.min(specs.len()))
-            .map(|_| scope.spawn(work))
-            .collect();
-        threads
-            .into_iter()
-            .flat_map(|thread| thread.join().expect("drawing numbers does not panic"))
-            .collect()
-    });
-    for (i, made) in made {
-        values[i] = made;
-    }
-    values
-}
-
-fn normals(name: &str, seed: u64, std: f64) -> impl Iterator<Item = f32> {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&seed.to_le_bytes());
-    hasher.update(name.as_bytes());
-    let generator = ChaCha8Rng::from_seed(*hasher.finalize().as_bytes());
+/// Elements `range` of endless normal numbers, block by block.
+fn normals(name: &str, seed: u64, std: f64, range: Range<usize>, values: &mut [f32]) {
     let normal = Normal::new(0.0, std).expect("standard deviations are checked with the config");
-    normal.sample_iter(generator).map(|value: f64| value as f32)
+    let one = |block: usize, values: &mut [f32]| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&seed.to_le_bytes());
+        hasher.update(&(block as u64).to_le_bytes());
+        hasher.update(name.as_bytes());
+        let generator = ChaCha8Rng::from_seed(*hasher.finalize().as_bytes());
+        let skipped = range.start.saturating_sub(block * BLOCK);
+        let drawn = normal.sample_iter(generator).skip(skipped);
+        for (value, drawn) in values.iter_mut().zip(drawn) {
+            *value = drawn as f32;
+        }
+    };
+    // What each block of the range fills.
+    let mut parts = vec![];
+    let (mut at, mut rest) = (range.start, values);
+    while !rest.is_empty() {
+        let block = at / BLOCK;
+        let (part, behind) = rest.split_at_mut(((block + 1) * BLOCK - at).min(rest.len()));
+        at += part.len();
+        rest = behind;
+        parts.push((block, part));
+    }
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let each = parts.len().div_ceil(workers).max(1);
+    std::thread::scope(|scope| {
+        let mut shares = parts.chunks_mut(each);
+        let own = shares.next();
+        let work = |share: &mut [(usize, &mut [f32])]| {
+            for (block, part) in share {
+                one(*block, part);
+            }
+        };
+        for share in shares {
+            scope.spawn(move || work(share));
+        }
+        if let Some(share) = own {
+            work(share);
+        }
+    });
 }
 
 #[cfg(test)]
@@ -86,16 +110,27 @@ mod tests {
         assert!((variance.sqrt() / 0.02 - 1.0).abs() < 0.055);
     }
 
+    /// Ranks draw their parts alone; parts begin and end inside of blocks.
     #[test]
-    fn several_parameters_get_the_values_of_each() {
-        let specs: Vec<ParamSpec> = (0..9)
-            .map(|i| spec(&format!("p{i}"), Init::Normal(0.02)))
-            .collect();
-        let together = initial_values_of(&specs, 7);
-        assert_eq!(together.len(), 9);
-        for (spec, values) in specs.iter().zip(&together) {
-            assert_eq!(*values, initial_values(spec, 7), "{}", spec.name);
+    fn a_part_is_that_of_the_whole() {
+        for init in [Init::Normal(0.02), Init::Diagonal(0.02), Init::Ones] {
+            let mut spec = spec("p", init);
+            spec.shape = vec![520, 520];
+            let whole = initial_values(&spec, 3);
+            for range in [0..7, 60_000..70_000, 65_535..65_537, 131_072..270_400] {
+                let mut part = vec![-1.0; range.len()];
+                draw(&spec, 3, range.clone(), &mut part);
+                assert_eq!(part, whole[range]);
+            }
         }
+    }
+
+    #[test]
+    fn blocks_differ() {
+        let mut spec = spec("p", Init::Normal(0.02));
+        spec.shape = vec![2, BLOCK];
+        let values = initial_values(&spec, 3);
+        assert_ne!(values[..BLOCK], values[BLOCK..]);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::device::{self, read_scalar};
 use crate::error::TrainError;
 use crate::evaluate::evaluate;
 use crate::generate::{Sampling, continue_text};
-use crate::init::initial_values;
+use crate::init::draw;
 use crate::metrics::{self, MetricsWriter};
 use crate::optimizer::{Updater, scalar};
 use crate::plan::Plan;
@@ -31,7 +31,7 @@ use crate::sent::{self, Comparison};
 use crate::signals::Signals;
 use crate::start::{BaseModel, read_small_files};
 use crate::step::{MicroBatch, Model, RopeCache};
-use crate::units::UnitState;
+use crate::units::{FlatLayout, UnitState};
 
 /// Where a run begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -409,12 +409,14 @@ fn new_units(config: &Config, mesh: &Mesh, device: &Device, compute: DType) -> V
     let units = Unit::all(&config.model).into_iter();
     units
         .map(|unit| {
-            let values = |spec: &ttt_model::ParamSpec| {
+            let layout = FlatLayout::new(&config.model, unit, mesh.shard.size());
+            let drawn = layout.read_shard(mesh.shard.rank(), |spec, range, values| {
                 mesh.activity.at(&spec.name);
-                Ok::<_, Infallible>(initial_values(spec, config.run.seed))
-            };
-            match UnitState::new(&config.model, unit, mesh, device, compute, values) {
-                Ok(state) => state,
+                draw(spec, config.run.seed, range, values);
+                Ok::<_, Infallible>(())
+            });
+            match drawn {
+                Ok(master) => UnitState::from_shard(unit, layout, master, device, compute),
                 Err(never) => match never {},
             }
         })

@@ -1,7 +1,5 @@
 //! Reading a prompt: the forward pass alone, up to the logits of the last token.
 
-use std::collections::HashMap;
-use std::ops::Range;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
@@ -14,7 +12,7 @@ use ttt_kernels::memory;
 use ttt_model::{Batch, Block, Embedding, Head, ModelConfig, Params, Unit};
 use ttt_train::config::Config;
 use ttt_train::device;
-use ttt_train::init::initial_values_of;
+use ttt_train::init::initial_values;
 use ttt_train::units::FlatLayout;
 
 use super::run::{Run, gib, join, round};
@@ -31,60 +29,34 @@ struct Reader {
     batch: Batch,
 }
 
-/// Initial values on the device. Blocks of one kind get copies of the same, in memory of their own: to draw
-/// them for each would take longer than all that is measured.
-#[derive(Default)]
-struct Values {
-    /// By sizes, the buffers of each precision.
-    drawn: HashMap<Vec<usize>, Vec<Tensor<1>>>,
-}
-
-impl Values {
-    /// The parameters of `unit` as the model computes with them, cut from one buffer of each precision as
-    /// those of a trained model are.
-    fn params(
-        &mut self,
-        config: &ModelConfig,
-        unit: Unit,
-        compute: DType,
-        device: &Device,
-    ) -> Params {
-        let specs = FlatLayout::new(config, unit, 1).specs;
-        let wide = specs.iter().filter(|spec| spec.master_precision).count();
-        let sections = [(0..wide, DType::F32), (wide..specs.len(), compute)];
-        let sections = sections
-            .into_iter()
-            .filter(|(params, _)| !params.is_empty());
-        let sizes = specs.iter().map(|spec| spec.len()).collect();
-        let drawn = self.drawn.entry(sizes).or_insert_with(|| {
-            let values = initial_values_of(&specs, 1);
-            let buffer = |(params, dtype): (Range<usize>, DType)| {
-                let all = values[params].concat();
-                let shape = [all.len()];
-                let all = Tensor::from_data(TensorData::new(all, shape), (device, DType::F32));
-                cast(all, dtype)
-            };
-            sections.clone().map(buffer).collect()
-        });
-        let mut flat = Vec::with_capacity(specs.len());
-        for ((params, _), drawn) in sections.zip(drawn) {
-            let own = drawn.clone() * 1.0;
-            let mut end = 0;
-            flat.extend(specs[params].iter().map(|spec| {
-                let begin = end;
-                end += spec.len();
-                own.clone().narrow(0, begin, spec.len())
-            }));
+/// The parameters of `unit` as the model computes with them, at a new run's initial values, cut from one
+/// buffer of each precision as those of a trained model are.
+fn params(config: &ModelConfig, unit: Unit, compute: DType, device: &Device) -> Params {
+    let specs = FlatLayout::new(config, unit, 1).specs;
+    let mut flat = Vec::with_capacity(specs.len());
+    for (wide, dtype) in [(true, DType::F32), (false, compute)] {
+        let section = || specs.iter().filter(|spec| spec.master_precision == wide);
+        let all: Vec<f32> = section().flat_map(|spec| initial_values(spec, 1)).collect();
+        if all.is_empty() {
+            continue;
         }
-        Params::new(specs, flat)
+        let shape = [all.len()];
+        let all = Tensor::<1>::from_data(TensorData::new(all, shape), (device, DType::F32));
+        let all = cast(all, dtype);
+        let mut end = 0;
+        flat.extend(section().map(|spec| {
+            let begin = end;
+            end += spec.len();
+            all.clone().narrow(0, begin, spec.len())
+        }));
     }
+    Params::new(specs, flat)
 }
 
 impl Reader {
     fn new(run: &Run, config: ModelConfig, device: &Device) -> Self {
         let compute = device::compute_dtype(run.device, None);
-        let mut values = Values::default();
-        let mut of = |unit| values.params(&config, unit, compute, device);
+        let of = |unit| params(&config, unit, compute, device);
         let embedding = Embedding::new(&of(Unit::Embedding));
         let layers = 0..config.num_hidden_layers;
         let tied = config.tie_word_embeddings.then(|| embedding.weight.clone());

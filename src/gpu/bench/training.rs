@@ -8,11 +8,11 @@ use serde_json::{Value, json};
 use ttt_data::Row;
 use ttt_kernels::clock::{Clock, median};
 use ttt_kernels::{ContextSettings, memory};
-use ttt_model::Unit;
+use ttt_model::{ParamSpec, Unit};
 use ttt_parallel::Mesh;
 use ttt_train::config::{Config, DeviceKind};
 use ttt_train::device;
-use ttt_train::init::initial_values_of;
+use ttt_train::init::initial_values;
 use ttt_train::optimizer::{Updater, scalar};
 use ttt_train::step::{MicroBatch, Model, RopeCache};
 use ttt_train::units::UnitState;
@@ -45,13 +45,8 @@ impl Trainer {
         let mesh = Mesh::single();
         let compute = device::compute_dtype(kind, None);
         let units = Unit::all(&config.model).into_iter().map(|unit| {
-            let specs = unit.params(&config.model);
-            let mut values = initial_values_of(&specs, seed);
-            UnitState::new(&config.model, unit, &mesh, device, compute, |spec| {
-                let at = specs.iter().position(|s| s.name == spec.name);
-                let at = at.with_context(|| format!("{} has no initial values", spec.name))?;
-                anyhow::Ok(std::mem::take(&mut values[at]))
-            })
+            let values = |spec: &ParamSpec| anyhow::Ok(initial_values(spec, seed));
+            UnitState::new(&config.model, unit, &mesh, device, compute, values)
         });
         let model = Model {
             config: config.model.clone(),

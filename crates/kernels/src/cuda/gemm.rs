@@ -153,11 +153,16 @@ impl Gemms {
         Ok(*self.opened.insert((handle, workspace)))
     }
 
-    fn plan(&mut self, handle: sys::cublasLtHandle_t, key: Key) -> Result<&mut Plan, String> {
+    fn plan(
+        &mut self,
+        handle: sys::cublasLtHandle_t,
+        key: Key,
+        processors: Option<u32>,
+    ) -> Result<&mut Plan, String> {
         use std::collections::hash_map::Entry;
         match self.plans.entry(key) {
             Entry::Occupied(found) => Ok(found.into_mut()),
-            Entry::Vacant(free) => Ok(free.insert(new_plan(handle, key)?)),
+            Entry::Vacant(free) => Ok(free.insert(new_plan(handle, key, processors)?)),
         }
     }
 }
@@ -210,7 +215,8 @@ impl Context<'_> {
         };
         let opened = self.gemms.opened()?;
         let stream = self.stream;
-        let plan = self.gemms.plan(opened.0, key)?;
+        let processors = self.processors_beside_exchanges()?;
+        let plan = self.gemms.plan(opened.0, key, processors)?;
         let repeatable = beta == 0.0 || c != d.at;
         // Which one wins differs from run to run, and so do its roundings.
         if plan.algos.len() > 1 && repeatable && !deterministic::is_on() {

@@ -135,8 +135,13 @@ fn layout(
     Ok(layout)
 }
 
-/// cuBLASLt is column-major: row-major C = A B is its Cᵀ = Bᵀ Aᵀ, with B as first operand.
-pub fn new_plan(handle: sys::cublasLtHandle_t, key: Key) -> Result<Plan, String> {
+/// cuBLASLt is column-major: row-major C = A B is its Cᵀ = Bᵀ Aᵀ, with B as first operand. `processors`:
+/// multiprocessors to lay it out for, where that is not all of them.
+pub fn new_plan(
+    handle: sys::cublasLtHandle_t,
+    key: Key,
+    processors: Option<u32>,
+) -> Result<Plan, String> {
     use sys::cublasLtMatmulDescAttributes_t::*;
     let desc = lt::create_matmul_desc(
         sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -148,6 +153,9 @@ pub fn new_plan(handle: sys::cublasLtHandle_t, key: Key) -> Result<Plan, String>
     let (c_ld, c_stride, c_type) = key.c;
     set(desc, CUBLASLT_MATMUL_DESC_TRANSA, i32::from(b_t))?;
     set(desc, CUBLASLT_MATMUL_DESC_TRANSB, i32::from(a_t))?;
+    if let Some(count) = processors {
+        set(desc, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, count as i32)?;
+    }
     let swap = |rows, columns, t: bool| if t { (columns, rows) } else { (rows, columns) };
     let first = layout(b_type, swap(key.n, key.k, b_t), b_ld, key.batch, b_stride)?;
     let second = layout(a_type, swap(key.k, key.m, a_t), a_ld, key.batch, a_stride)?;

@@ -190,14 +190,14 @@ impl Context<'_> {
             .launch_clusters("product_learned_backward", SHARED, &args)
     }
 
-    /// One block on each multiprocessor, in clusters of two.
+    /// One block on each multiprocessor but those left to exchanges, in clusters of two.
     fn launch_clusters(
         &mut self,
         name: &'static str,
         shared: u32,
         args: &[Arg],
     ) -> Result<bool, String> {
-        let blocks = self.processors()? / 2 * 2;
+        let blocks = self.processors_for_products()? / 2 * 2;
         self.launch_shared(name, (blocks, 1, 1), THREADS, shared, args)?;
         RAN.store(true, Ordering::Relaxed);
         Ok(true)

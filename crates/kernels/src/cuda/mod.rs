@@ -28,6 +28,7 @@ pub mod norm;
 pub mod pointwise;
 pub mod profile;
 pub mod scratch;
+mod share;
 pub mod stream;
 pub mod sublayer;
 pub mod ttt;

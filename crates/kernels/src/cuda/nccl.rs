@@ -17,6 +17,7 @@ use cudarc::nccl::result::{self as nccl, NcclError};
 use cudarc::nccl::sys;
 
 use super::event::{Event, Flights};
+use super::share::{EXCHANGES, Exchanging};
 use super::stream::{Buffer, on_stream};
 
 /// What all ranks of a communicator know and no others: bytes of rank 0's making.
@@ -32,6 +33,40 @@ pub struct Communicator {
     flights: Arc<Flights>,
     /// An operation failed, here or elsewhere: nothing may be waited for any more.
     failed: AtomicBool,
+    _exchanging: Exchanging,
+}
+
+/// `ncclConfig_t` as NCCL 2.17 knew it: later versions add their own at the end, and take what this one
+/// lacks to be unset.
+#[repr(C)]
+struct Config {
+    size: usize,
+    magic: u32,
+    version: u32,
+    blocking: i32,
+    cluster: i32,
+    least_blocks: i32,
+    most_blocks: i32,
+    net: *const std::ffi::c_char,
+    split_share: i32,
+}
+
+impl Config {
+    /// At most so many thread blocks, each of which takes a multiprocessor.
+    fn blocks(most: u32) -> Self {
+        const UNSET: i32 = i32::MIN;
+        Self {
+            size: size_of::<Self>(),
+            magic: 0xcafe_beef,
+            version: 21_700,
+            blocking: UNSET,
+            cluster: UNSET,
+            least_blocks: UNSET,
+            most_blocks: most as i32,
+            net: std::ptr::null(),
+            split_share: UNSET,
+        }
+    }
 }
 
 // SAFETY: the handles are used on the device thread alone, inside of `on_stream`.
@@ -271,8 +306,12 @@ impl Communicator {
         let kind = stream::StreamKind::NonBlocking;
         let stream = stream::create_with_priority(kind, greatest).map_err(driver)?;
         let mut comm = null_mut();
-        // SAFETY: `comm` is written before it is used; the context is current.
-        let made = unsafe { nccl::comm_init_rank(&mut comm, size as i32, id, rank as i32) };
+        let mut config = Config::blocks(EXCHANGES);
+        let config = (&raw mut config).cast();
+        // SAFETY: `comm` is written before it is used; the context is current; of the configuration NCCL
+        // reads as many bytes as it says that there are.
+        let made =
+            unsafe { nccl::comm_init_rank_config(&mut comm, size as i32, id, rank as i32, config) };
         made.map_err(|error| words(&error, null_mut()))?;
         Ok(Self {
             comm,
@@ -280,6 +319,7 @@ impl Communicator {
             anchor,
             flights: Flights::new()?,
             failed: AtomicBool::new(false),
+            _exchanging: Exchanging::begin(),
         })
     }
 

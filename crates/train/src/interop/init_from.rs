@@ -10,7 +10,7 @@ use ttt_weights::{Dtype, Folder};
 
 use super::error::InteropError;
 use crate::error::TrainError;
-use crate::init::initial_values;
+use crate::init::draw;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -121,7 +121,7 @@ impl<'a> InitFrom<'a> {
     ) -> Result<(), TrainError> {
         let spec = self.spec(name)?;
         if self.new.contains(name) {
-            values.copy_from_slice(&initial_values(spec, self.seed)[range]);
+            draw(spec, self.seed, range, values);
             return Ok(());
         }
         if name == EMBEDDING {
