@@ -10,8 +10,9 @@ use tracing_subscriber::EnvFilter;
 use ttt_parallel::Place;
 use ttt_train::progress::above_live_line;
 
-/// Where `RUST_LOG` says nothing: our own notes, and others' warnings.
-const DEFAULT: &str = "warn,ttt=info";
+/// Where `RUST_LOG` says nothing: our own notes, and others' warnings, but for CubeCL's that two ranks have
+/// measured the same GPU's speed, which is as it should be.
+const DEFAULT: &str = "warn,cubecl_runtime::throughput=error,ttt=info";
 
 /// Where lines go instead of stderr.
 static RANK_FILE: Mutex<Option<File>> = Mutex::new(None);

@@ -144,14 +144,11 @@ impl<'a> Backward<'a> {
             own.extend((begin > 0).then(|| job(0..begin)));
             open.extend((begin < all.len()).then(|| job(begin..all.len())));
         }
-        let at_once = match exchange.travels() {
-            true => 1,
-            false => own.len().max(1),
-        };
         let dz = self.inner_gradient();
-        for jobs in own.chunks(at_once) {
-            self.walk(jobs, &dz, &vec![None; self.rows.len()]);
+        if !own.is_empty() {
+            // Of a row's last rank these are all documents, and the others wait.
             exchange.pass_on();
+            self.walk(&own, &dz, &vec![None; self.rows.len()]);
         }
         self.fill(open.first(), &mut exchange);
         let returned = exchange.finish();

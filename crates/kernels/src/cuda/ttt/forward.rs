@@ -102,13 +102,10 @@ impl<'a> Forward<'a> {
         let there = |job: &Job| !job.groups.is_empty();
         let own: Vec<Job> = own.filter(there).collect();
         let carried: Vec<Job> = carried.filter(there).collect();
-        let at_once = match exchange.travels() {
-            true => 1,
-            false => own.len().max(1),
-        };
-        for jobs in own.chunks(at_once) {
-            self.walk(jobs, &vec![None; self.rows.len()]);
+        if !own.is_empty() {
+            // Of a row's first rank these are all documents, and the others wait.
             exchange.pass_on();
+            self.walk(&own, &vec![None; self.rows.len()]);
         }
         self.fill(carried.first(), &mut exchange);
         let sums = exchange.finish();

@@ -114,8 +114,8 @@ impl Walk<'_> {
     }
 }
 
-/// The documents that began on this rank, and the update of the first piece of those that did not, come
-/// first: they need nothing of what arrives.
+/// The update of the first piece of the documents that began before this rank, and the documents that began
+/// here, come first: they need nothing of what arrives.
 pub(super) fn forward(
     [z, v]: [&Tensor<3>; 2],
     w0: &Tensor<2>,
@@ -131,14 +131,24 @@ pub(super) fn forward(
         lr,
         clip,
     };
-    let mut own = vec![];
-    for (row, pieces) in pieces.iter().enumerate() {
-        let (carried, others) = carried(pieces);
-        let first = carried.first().filter(|p| p.write != Write::Nothing);
-        let first = first.map(|piece| walk(row).update(piece));
-        own.push((first, walk(row).forward(others, None, None)));
-        exchange.pass_on();
-    }
+    let firsts: Vec<_> = pieces
+        .iter()
+        .enumerate()
+        .map(|(row, pieces)| {
+            let first = carried(pieces).0.first();
+            let first = first.filter(|piece| piece.write != Write::Nothing);
+            first.map(|piece| walk(row).update(piece))
+        })
+        .collect();
+    // Before the documents that began here: of a row's first rank they are all, and the others wait.
+    exchange.pass_on();
+    let rows = firsts.into_iter().enumerate();
+    let own: Vec<_> = rows
+        .map(|(row, first)| {
+            let others = carried(&pieces[row]).1;
+            (first, walk(row).forward(others, None, None))
+        })
+        .collect();
     let arrived = exchange.finish();
     let zero = Tensor::<1>::zeros([1], (&z.device(), wide(z.dtype())));
     let (mut outputs, mut norms, mut last) = (vec![], vec![zero], vec![]);
