@@ -200,16 +200,15 @@ impl Mesh {
             }
         };
         let (replicate, context) = (along([true, false, false])?, along([false, false, true])?);
-        // Groups of the same ranks are one group: each costs connections and buffers.
+        // Groups of the same ranks are one group, since each costs connections and buffers; but not those of
+        // which one carries what blocks wait for and the other what is begun early and large: what is
+        // exchanged in a block would stand in line behind all gradients of the block before.
         let replicas = match (replicate.size(), context.size()) {
             _ if joint => replicate.clone(),
-            (1, _) => context.clone(),
             (_, 1) => replicate.clone(),
-            _ => along([true, false, true])?,
+            _ => world.split(&layout.lists([true, false, true]))?,
         };
         let shard = match joint && context.size() > 1 {
-            // Apart from the context group even where the ranks are the same: what is gathered ahead
-            // must not stand in line before what a block waits for.
             true => world.split(&layout.lists([false, true, true]))?,
             false => along([false, true, false])?,
         };
@@ -247,6 +246,11 @@ impl Mesh {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::threads::on_threads;
+
+    fn same(a: &Arc<dyn ProcessGroup>, b: &Arc<dyn ProcessGroup>) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b))
+    }
 
     #[test]
     fn numbers_must_multiply_to_the_ranks() {
@@ -301,5 +305,34 @@ mod tests {
             [[0, 4], [1, 5], [2, 6], [3, 7]]
         );
         assert_eq!(lists([true, false, true]), [[0, 1, 4, 5], [2, 3, 6, 7]]);
+    }
+
+    /// What a block waits for never shares a line with what is begun early.
+    #[test]
+    fn exchanges_within_rows_have_a_group_of_their_own() {
+        for (replicate, shard, joint) in [(1, 1, false), (2, 1, false), (1, 1, true), (1, 2, true)]
+        {
+            let layout = Layout {
+                replicate,
+                shard,
+                context: 2,
+                shard_over_context: joint,
+            };
+            let alone = on_threads(layout.ranks(), |world| {
+                let mesh = Mesh::new(Arc::new(world), layout).expect("as many ranks");
+                [&mesh.replicas, &mesh.shard].map(|other| !same(other, &mesh.context))
+            });
+            assert!(alone.iter().all(|alone| *alone == [true; 2]), "{layout:?}");
+        }
+        // Without such exchanges one group serves both.
+        let layout = Layout {
+            replicate: 2,
+            ..Layout::SINGLE
+        };
+        let shared = on_threads(2, |world| {
+            let mesh = Mesh::new(Arc::new(world), layout).expect("as many ranks");
+            same(&mesh.replicas, &mesh.replicate)
+        });
+        assert_eq!(shared, [true; 2]);
     }
 }
