@@ -208,7 +208,10 @@ proptest! {
             let result = read_all(out);
             let verified = verify(out);
             std::fs::write(&path, &whole).unwrap();
-            if damaged != whole {
+            // A manifest with other white space says the same.
+            let json = |bytes: &[u8]| serde_json::from_slice::<serde_json::Value>(bytes).ok();
+            let same = damaged == whole || (file == 0 && json(&damaged) == json(&whole));
+            if !same {
                 prop_assert!(verified.is_err(), "verify does not see the damage");
             }
             if let Err(error) = result {
