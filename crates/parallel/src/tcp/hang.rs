@@ -7,8 +7,8 @@
 //!
 //! **A move** is a place that the main thread comes to, several in a block. A GPU's host is ahead of it,
 //! and waits for it as long as a step at a time; so there is a mark for every place in what the GPU has to
-//! do, and while some are before it, passing one is the only move. Where the device waits for those of other ranks, a
-//! move of another rank is one, too: who is faster than the others does not hang.
+//! do, and while some are before it, passing one is the only move. Where the device waits for those of other
+//! ranks, a move of another rank is one, too: who is faster than the others does not hang.
 //!
 //! **The limit** is the deadline of silence, or [`SLOWER`] times the longest time between two moves so far,
 //! where that is more. In a long task it is [`LONGER`] times the deadline, and it is that as well for a

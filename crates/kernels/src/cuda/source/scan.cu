@@ -35,8 +35,9 @@ __device__ __forceinline__ void take(F8 &s, const F8 &d, bool add, bool replace)
 }
 
 // In: slab = VᵀZ of each piece that adds or replaces. Out: slab = bf16(W0 + η S) of every piece, with S the
-// state that it reads (bit in `reads`); S after the last piece, unless `state` is null: then S begins as zero and is not kept.
-// A piece then adds to S, replaces it, or leaves it. partial[block, k]: Σ S² behind the k-th piece of `ends`.
+// state that it reads (bit in `reads`); S after the last piece, unless `state` is null: then S begins as zero
+// and is not kept. A piece then adds to S, replaces it, or leaves it. partial[block, k]: Σ S² behind the k-th
+// piece of `ends`.
 extern "C" __global__ void scan_forward(u16 *slab, float *state, float *partial, const void *w0, int w0_f32, float lr, int pieces, u32 reads, u32 adds, u32 replaces, u32 ends, u64 n) {
     __shared__ float shared[32];
     const u64 own = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x), at = min(own, n - 8);
