@@ -203,10 +203,9 @@ impl Mesh {
         // Groups of the same ranks are one group, since each costs connections and buffers; but not those of
         // which one carries what blocks wait for and the other what is begun early and large: what is
         // exchanged in a block would stand in line behind all gradients of the block before.
-        let replicas = match (replicate.size(), context.size()) {
-            _ if joint => replicate.clone(),
-            (_, 1) => replicate.clone(),
-            _ => world.split(&layout.lists([true, false, true]))?,
+        let replicas = match joint || context.size() == 1 {
+            true => replicate.clone(),
+            false => world.split(&layout.lists([true, false, true]))?,
         };
         let shard = match joint && context.size() > 1 {
             true => world.split(&layout.lists([false, true, true]))?,

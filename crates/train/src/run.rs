@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use burn::tensor::{DType, Device, Tensor};
-use ttt_model::Unit;
 use ttt_model::decode::Decoder;
+use ttt_model::{ParamSpec, Unit};
 use ttt_parallel::{Mesh, Place};
 
 use crate::agree::together;
@@ -31,7 +31,7 @@ use crate::sent::{self, Comparison};
 use crate::signals::Signals;
 use crate::start::{BaseModel, read_small_files};
 use crate::step::{MicroBatch, Model, RopeCache};
-use crate::units::{FlatLayout, UnitState};
+use crate::units::UnitState;
 
 /// Where a run begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -409,14 +409,13 @@ fn new_units(config: &Config, mesh: &Mesh, device: &Device, compute: DType) -> V
     let units = Unit::all(&config.model).into_iter();
     units
         .map(|unit| {
-            let layout = FlatLayout::new(&config.model, unit, mesh.shard.size());
-            let drawn = layout.read_shard(mesh.shard.rank(), |spec, range, values| {
+            let fill = |spec: &ParamSpec, range, values: &mut [f32]| {
                 mesh.activity.at(&spec.name);
                 draw(spec, config.run.seed, range, values);
                 Ok::<_, Infallible>(())
-            });
-            match drawn {
-                Ok(master) => UnitState::from_shard(unit, layout, master, device, compute),
+            };
+            match UnitState::filled(&config.model, unit, mesh, device, compute, fill) {
+                Ok(state) => state,
                 Err(never) => match never {},
             }
         })

@@ -17,7 +17,7 @@ use crate::device::{compute_dtype, read_f32};
 use crate::error::TrainError;
 use crate::interop::{HfFolder, InitFrom, side_files};
 use crate::step::Model;
-use crate::units::{FlatLayout, UnitState};
+use crate::units::UnitState;
 
 /// Where `init.from` lies on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,13 +105,11 @@ impl BaseModel {
         let plan = InitFrom::plan(&config.model, &self.folder.weights, config.run.seed)?;
         let compute = compute_dtype(config.run.device, config.train.compute);
         let unit = |unit| {
-            let layout = FlatLayout::new(&config.model, unit, mesh.shard.size());
-            let read = |spec: &ParamSpec, range, values: &mut [f32]| {
+            let fill = |spec: &ParamSpec, range, values: &mut [f32]| {
                 mesh.activity.at(&spec.name);
                 plan.read(&spec.name, range, values)
             };
-            let master = layout.read_shard(mesh.shard.rank(), read)?;
-            Ok(UnitState::from_shard(unit, layout, master, device, compute))
+            UnitState::filled(&config.model, unit, mesh, device, compute, fill)
         };
         Unit::all(&config.model).into_iter().map(unit).collect()
     }

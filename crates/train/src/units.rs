@@ -4,6 +4,8 @@
 //! them. A unit is gathered when it runs and its gradient is scattered when it is known. Both can be
 //! begun early and awaited late, so that they travel while another unit computes.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Device, Tensor};
 use ttt_kernels::ops::adamw::Moments;
 use ttt_kernels::ops::flat::{Part, accumulate, joined};
@@ -54,11 +56,27 @@ impl UnitState {
         compute: DType,
         mut values: impl FnMut(&ParamSpec) -> Result<Vec<f32>, E>,
     ) -> Result<Self, E> {
-        let layout = FlatLayout::new(config, unit, mesh.shard.size());
-        let shard = layout.read_shard(mesh.shard.rank(), |spec, elements, out| {
-            out.copy_from_slice(&values(spec)?[elements]);
+        Self::filled(config, unit, mesh, device, compute, |spec, range, out| {
+            out.copy_from_slice(&values(spec)?[range]);
             Ok(())
-        })?;
+        })
+    }
+
+    /// The same, where `fill(spec, range, out)` gives the elements `range` of a parameter: this rank's alone
+    /// are asked for.
+    ///
+    /// # Errors
+    /// Whatever `fill` returns.
+    pub fn filled<E>(
+        config: &ModelConfig,
+        unit: Unit,
+        mesh: &Mesh,
+        device: &Device,
+        compute: DType,
+        fill: impl FnMut(&ParamSpec, Range<usize>, &mut [f32]) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let layout = FlatLayout::new(config, unit, mesh.shard.size());
+        let shard = layout.read_shard(mesh.shard.rank(), fill)?;
         Ok(Self::from_shard(unit, layout, shard, device, compute))
     }
 

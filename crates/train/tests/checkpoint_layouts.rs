@@ -7,67 +7,15 @@ use std::path::Path;
 
 use burn::tensor::{DType, Device};
 
+use common::checkpoint::{config, gathered, progress, state};
 use common::{joint, layout, layouts, on_ranks};
-use ttt_data::Row;
-use ttt_kernels::ContextSettings;
-use ttt_kernels::testing::{relative_error_of, values as elements};
-use ttt_model::{ModelConfig, Unit};
+use ttt_kernels::testing::values as elements;
 use ttt_parallel::{Layout, Mesh};
 use ttt_train::agree::gather_bytes;
-use ttt_train::checkpoint::{self, Checkpoint, Progress};
-use ttt_train::config::{Activations, Config};
-use ttt_train::init::initial_values;
-use ttt_train::optimizer::{Updater, scalar};
+use ttt_train::checkpoint::{self, Checkpoint};
+use ttt_train::config::Config;
 use ttt_train::start::BaseModel;
-use ttt_train::step::{MicroBatch, Model, RopeCache};
 use ttt_train::units::UnitState;
-
-/// A model whose units do not divide evenly among the shards.
-fn config(dir: &Path) -> Config {
-    let text = format!(
-        "run.dir = {:?}\ndata.path = \"data\"\n\
-         train = {{ steps = 6, sequence_length = 24, batch_tokens = 96 }}\n\
-         optimizer.lr = 1e-2\ncheckpoint.keep = 2\n\
-         [model]\nmodel_type = \"qwen3\"\nvocab_size = 131\nhidden_size = 24\n\
-         intermediate_size = 56\nnum_hidden_layers = 2\nnum_attention_heads = 2\n\
-         num_key_value_heads = 1\nhead_dim = 8\ntie_word_embeddings = false\n\
-         [model.ttt]\nenabled = true\nlayers = [1]\nchunk = 4\n",
-        dir.join("run")
-    );
-    Config::parse(&text, "test".as_ref(), &[]).expect("a configuration")
-}
-
-fn progress(step: u64) -> Progress {
-    Progress {
-        step,
-        tokens: 96 * step,
-        mean_grad_norm: 0.25,
-        data_fingerprint: "the same".into(),
-    }
-}
-
-/// This rank's part of a state, of a model that computes in `compute`, in which every weight and moment has
-/// a value of its own.
-fn state(config: &ModelConfig, mesh: &Mesh, device: &Device, compute: DType) -> Vec<UnitState> {
-    let unit = |unit| {
-        let of = |seed| {
-            let spread = |spec: &ttt_model::ParamSpec| {
-                let init = ttt_model::Init::Normal(0.2);
-                let spec = ttt_model::ParamSpec {
-                    init,
-                    ..spec.clone()
-                };
-                Ok::<_, std::convert::Infallible>(initial_values(&spec, seed))
-            };
-            UnitState::new(config, unit, mesh, device, compute, spread).expect("infallible")
-        };
-        let mut state = of(1);
-        state.moments.first = of(2).master.to_f32();
-        state.moments.second = of(3).master.to_f32().square();
-        state
-    };
-    Unit::all(config).into_iter().map(unit).collect()
-}
 
 /// The bits of all of this rank's buffers.
 fn bits(units: &[UnitState]) -> Vec<u64> {
@@ -272,148 +220,6 @@ fn a_rank_that_cannot_write_is_named() {
     for error in errors {
         assert!(error.contains("all ranks share"), "{error}");
     }
-}
-
-/// Trains the steps `steps` from `units` on, four rows each; returns the updater's running norm.
-fn train(
-    model: &mut Model,
-    steps: std::ops::Range<u64>,
-    mean_norm: f32,
-    mesh: &Mesh,
-    config: &Config,
-) -> f32 {
-    let device = Device::flex();
-    let policy = ttt_train::config::OnBadGradient::Skip;
-    let mut updater = Updater::new(&config.optimizer, policy, None, mean_norm, &device);
-    let rows: Vec<Row> = (0..4).map(row).collect();
-    let share = rows.len() / mesh.data_size();
-    let own = &rows[mesh.data_rank() * share..(mesh.data_rank() + 1) * share];
-    for step in steps {
-        for row in own {
-            let micro = MicroBatch::new(std::slice::from_ref(row), mesh, &device).expect("a batch");
-            let pass = model.accumulate(&micro, 0.01, Activations::Keep, mesh);
-            pass.expect("all ranks");
-        }
-        let normalizer = scalar(1.0, &device);
-        let updated = updater.update(&mut model.units, normalizer, 1e-2, step, mesh);
-        updated.expect("all ranks");
-    }
-    elements(&updater.mean_norm)[0] as f32
-}
-
-fn row(number: usize) -> Row {
-    let token = |i: usize| ((i * 7 + i * i * 3 + number * 50) % 131) as u32;
-    Row {
-        input_ids: (0..24).map(token).collect(),
-        labels: (1..25).map(token).collect(),
-        document_starts: vec![0, 9 + number as u32],
-    }
-}
-
-fn model(config: &Config, units: Vec<UnitState>, compute: DType) -> Model {
-    Model {
-        config: config.model.clone(),
-        units,
-        compute,
-        device: Device::flex(),
-        rope: RopeCache::default(),
-        context: ContextSettings::default(),
-    }
-}
-
-/// Three steps, a checkpoint, and three more on another layout end where six steps on one rank do;
-/// on the same layout, with the same bits.
-#[test]
-fn a_run_goes_on_on_another_layout() {
-    let whole_in = |compute: DType, shape: Layout, stop: Option<Layout>| {
-        let dir = tempfile::tempdir().expect("a folder");
-        let config = config(dir.path());
-        let six = on_ranks(shape, |mesh| {
-            let units = state(&config.model, &mesh, &Device::flex(), compute);
-            let mut model = model(&config, units, compute);
-            let norm = train(&mut model, 0..3, 0.0, &mesh, &config);
-            if stop.is_some() {
-                let mut at = progress(3);
-                at.mean_grad_norm = norm;
-                let saved = checkpoint::save(&config, &model.units, &at, &[], &mesh);
-                saved.expect("all ranks");
-            } else {
-                train(&mut model, 3..6, norm, &mesh, &config);
-            }
-            gathered(&model.units, &mesh)
-        });
-        let Some(then) = stop else { return six };
-        on_ranks(then, |mesh| {
-            let found = Checkpoint::newest_together(&config.run.dir, &mesh, &Device::flex());
-            let found = found.expect("all ranks").expect("a checkpoint");
-            let units = found.load(&config.model, &mesh, &Device::flex(), compute);
-            let mut model = model(&config, units.expect("all ranks"), compute);
-            let norm = found.progress.mean_grad_norm;
-            train(&mut model, 3..6, norm, &mesh, &config);
-            gathered(&model.units, &mesh)
-        })
-    };
-    let whole = |shape, stop| whole_in(DType::F32, shape, stop);
-    let single = whole(layout([1, 1, 1]), None).remove(0);
-    let apart = [
-        ([1, 1, 1], [1, 4, 1]),
-        ([1, 4, 1], [1, 1, 1]),
-        ([1, 2, 1], [2, 1, 1]),
-        ([2, 1, 1], [2, 2, 1]),
-        ([2, 2, 1], [1, 2, 1]),
-        ([1, 2, 2], [1, 2, 1]),
-        ([1, 1, 1], [2, 1, 2]),
-    ];
-    let apart = apart.map(|(first, then)| (layout(first), layout(then)));
-    let jointly = [
-        (joint([1, 1, 2]), layout([1, 1, 1])),
-        (layout([1, 2, 1]), joint([1, 2, 2])),
-        (joint([2, 1, 2]), layout([1, 1, 2])),
-    ];
-    for (first, then) in apart.into_iter().chain(jointly) {
-        for state in whole(first, Some(then)) {
-            let error = relative_error_of(&state, &single);
-            // Sums over rows in another order, and six updates of 1 % of a weight.
-            assert!(error < 1e-6, "{first:?} then {then:?}: {error:e}");
-        }
-        assert!(whole(first, Some(first)) == whole(first, None), "{first:?}");
-    }
-    // In bf16 the file has the bits that the weights were rounded by, or six steps would end elsewhere.
-    for shape in [layout([1, 1, 1]), layout([1, 2, 1]), joint([1, 1, 2])] {
-        let six = whole_in(DType::BF16, shape, None);
-        assert!(
-            whole_in(DType::BF16, shape, Some(shape)) == six,
-            "{shape:?}"
-        );
-        // Six updates of 1 % of a weight, from gradients in bf16 whose signs may differ where they are small.
-        let error = relative_error_of(&six[0], &single);
-        assert!((1e-3..0.1).contains(&error), "{shape:?}: {error:e}");
-        // Weights in f32, of which each pass takes a rounded copy, end at the same values, but where one lay
-        // halfway between two bf16 and was rounded the other way: one in 65,536.
-        let whole = on_ranks(shape, |mesh| {
-            let dir = tempfile::tempdir().expect("a folder");
-            let config = config(dir.path());
-            let units = state(&config.model, &mesh, &Device::flex(), DType::F32);
-            let mut model = model(&config, units, DType::BF16);
-            train(&mut model, 0..6, 0.0, &mesh, &config);
-            gathered(&model.units, &mesh)
-        });
-        let error = relative_error_of(&whole[0], &six[0]);
-        assert!(error < 1e-4, "{shape:?}: {error:e}");
-    }
-}
-
-/// Weights and moments of all units, whole.
-fn gathered(units: &[UnitState], mesh: &Mesh) -> Vec<f64> {
-    let mut values = vec![];
-    for unit in units {
-        let (first, second) = (unit.moments.first.clone(), unit.moments.second.clone());
-        for shard in [unit.master.to_f32(), first, second] {
-            let full = mesh.shard.all_gather(shard).expect("all ranks");
-            values.extend(unit.layout.whole(&elements(&full)));
-        }
-    }
-    values
 }
 
 /// A model that a run continues is read in slices, too, new TTT layers among them.

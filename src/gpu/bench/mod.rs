@@ -36,7 +36,10 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     if args.profile {
         return match args.mode {
             Mode::Micro => {
-                bail!("a profile is of a training step or, with --mode prefill, of a forward pass")
+                bail!(
+                    "--profile is of a training step or, with --mode prefill, of a forward pass, not of single \
+                     operations: leave --mode micro or --profile out"
+                )
             }
             Mode::Prefill => prefill::profile(&one(8192), &device),
             Mode::Train => profile::of_training(&one(32_768), &device),

@@ -2,16 +2,16 @@
 //!
 //! NCCL's kernels need multiprocessors, too. A product whose blocks stay to the end is laid out over all
 //! of those that it is told of: if an exchange holds a few of them, the tiles meant for these wait until
-//! the others are done, and the product takes twice as long. So where there are communicators, exchanges
-//! get [`EXCHANGES`] multiprocessors at most, and such products do without these. A GPU at its power limit
-//! loses little by that: the others run faster.
+//! the others are done. So where there are communicators, each exchange gets [`EXCHANGES`] multiprocessors
+//! at most, and such products do without as many. What that gains or costs was not measured apart
+//! (docs/benchmarks.md).
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::stream::Context;
 
-/// Multiprocessors of an exchange. Each moves some 20 GB/s over NVLink; a step asks for a tenth of what
-/// eight move.
+/// Multiprocessors of an exchange. A step of the 4B over two shards asks for 9 GB/s; what eight move at most
+/// was not measured.
 pub const EXCHANGES: u32 = 8;
 
 /// Communicators of this process.

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+pub mod checkpoint;
 pub mod model;
 pub mod shared_rows;
 
