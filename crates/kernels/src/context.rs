@@ -111,6 +111,8 @@ pub(crate) enum Fault {
     KeyGradientDropped,
     /// Fetched keys are taken for keys of the documents of this rank.
     KeysWithoutDocuments,
+    /// The sums that first queries keep are those of this rank's own keys.
+    SumsOfOwnKeys,
 }
 
 impl Context {

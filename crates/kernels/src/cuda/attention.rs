@@ -15,6 +15,7 @@ use super::scratch;
 use super::stream::{Buffer, Context, on_stream};
 use crate::deterministic;
 use crate::ops::attention::AttentionSpec;
+use crate::ops::attention::merge::LogSumExp;
 use crate::packing::Packing;
 
 /// cuDNN and its plans, on the device thread.
@@ -147,6 +148,14 @@ impl Call {
         match self.key.packed {
             true => [e.batch, e.tokens, e.heads],
             false => [e.batch, e.heads, e.tokens],
+        }
+    }
+
+    /// [`Call::statistics`], filled.
+    pub fn log_sum_exp(&self, sums: Buffer) -> LogSumExp {
+        LogSumExp {
+            values: sums.tensor(),
+            by_token: self.key.packed,
         }
     }
 
@@ -286,14 +295,14 @@ fn without(x: Tensor<4>, count: usize) -> Tensor<4> {
     x.slice([0..batch, count..tokens])
 }
 
-/// Output `[B, N, H, E]` and log-sum-exp, f32: `[B, H, N]`, or `[B, N, H]` where rows are packed, with
-/// the queries that were filled in. The backward pass alone reads it.
+/// Output `[B, N, H, E]` and log-sum-exp, f32: by token where rows are packed, with the queries that were
+/// filled in.
 pub fn forward(
     q: &Tensor<4>,
     k: &Tensor<4>,
     v: &Tensor<4>,
     spec: &AttentionSpec,
-) -> Option<(Tensor<4>, Tensor<3>)> {
+) -> Option<(Tensor<4>, LogSumExp)> {
     let offset = spec.query_offset;
     if offset > 0 {
         let spec = padded(q, k, spec)?;
@@ -311,7 +320,7 @@ pub fn forward(
         let addresses = vec![from[0], from[1], from[2], to[0], to[1]];
         call.run(cx, addresses, from.get(3).copied())
     });
-    Some((output.tensor(), sums.tensor()))
+    Some((output.tensor(), call.log_sum_exp(sums)))
 }
 
 fn bf16(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>) -> Option<(Buffer, Buffer, Buffer)> {

@@ -25,6 +25,7 @@ pub const SOURCE: &str = concat!(
     include_str!("source/loss.cu"),
     include_str!("source/embedding.cu"),
     include_str!("source/attention_dq.cu"),
+    include_str!("source/attention_merge.cu"),
     include_str!("source/optimizer.cu"),
 );
 

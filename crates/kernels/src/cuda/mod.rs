@@ -9,6 +9,7 @@ pub mod adamw;
 pub mod attention;
 mod attention_dq;
 mod attention_graph;
+pub mod attention_merge;
 pub mod compile;
 pub mod conv;
 pub mod cross_entropy;

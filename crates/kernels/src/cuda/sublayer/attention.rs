@@ -13,8 +13,8 @@ use crate::cuda::norm::{BackwardAt, Norm};
 use crate::cuda::stream::{Buffer, on_stream};
 use crate::function::{Forward, Function, Value, apply};
 use crate::fused::AttentionWeights;
-use crate::ops::attention::Saved as AttentionSaved;
-use crate::ops::attention::shared::SharedAttention;
+use crate::ops::attention::merge::LogSumExp;
+use crate::ops::attention::shared::{First, SharedAttention};
 
 /// See [`crate::fused::attention_sublayer`].
 pub fn attention(
@@ -180,7 +180,7 @@ mod at {
 #[derive(Clone, Debug)]
 struct Saved {
     /// Of the first queries, where they see keys of other ranks.
-    first: Option<AttentionSaved>,
+    first: Option<First>,
     inputs: [Value; 8],
     /// Queries, keys and values as attention saw them: T·S, laid out by [`Heads`].
     qkv: Buffer,
@@ -188,7 +188,7 @@ struct Saved {
     raw: Option<Buffer>,
     /// `[T, H·E]`
     mixed: Buffer,
-    log_sum_exp: Buffer,
+    log_sum_exp: LogSumExp,
 }
 
 impl Function<8> for Attention {
@@ -236,9 +236,10 @@ impl Function<8> for Attention {
             let addresses = vec![q, k, v, to[0], to[1]];
             call.run(cx, addresses, from.get(1).copied())
         });
-        let (mixed, first) = match edge.zip(strips) {
-            None => (mixed, None),
-            Some((edge, strips)) => edge.forward(strips, &qkv, mixed),
+        let sums = call.log_sum_exp(sums);
+        let (mixed, sums, first) = match edge.zip(strips) {
+            None => (mixed, sums, None),
+            Some((edge, strips)) => edge.forward(strips, &qkv, mixed, sums),
         };
         on_stream(&[&mixed, &i.o, &i.x], &[&y], |cx, from, to| {
             let w = Matrix::new(from[1], d, i.mixed(), DType::BF16);
@@ -292,9 +293,13 @@ impl Function<8> for Attention {
         let edge = SharedAttention::new(&self.spec).map(|shared| Edge::new(shared, &i));
         let (dmixed, of_edge) = match &edge {
             None => (dmixed, None),
-            Some(edge) => edge.backward(saved.first, dmixed),
+            Some(edge) => {
+                let of_forward = (&saved.qkv, &saved.mixed, &saved.log_sum_exp);
+                edge.backward(saved.first, of_forward, dmixed)
+            }
         };
-        let mut reads = vec![&saved.qkv, &saved.mixed, &saved.log_sum_exp, &dmixed];
+        let sums = Buffer::of(&saved.log_sum_exp.values).expect("made on this device");
+        let mut reads = vec![&saved.qkv, &saved.mixed, &sums, &dmixed];
         reads.extend(&call.documents);
         let mut writes = vec![&dqkv];
         writes.extend(&scratch);

@@ -9,8 +9,10 @@ use super::attention::Inputs;
 use crate::cuda::heads::Heads;
 use crate::cuda::stream::Buffer;
 use crate::dtype::{cast, widen};
-use crate::ops::attention::Saved;
-use crate::ops::attention::shared::{EdgeGradients, KeyForm, SharedAttention, Strips};
+use crate::ops::attention::merge::LogSumExp;
+use crate::ops::attention::shared::{
+    AtFirst, EdgeGradients, First, KeyForm, Merged, SharedAttention, Strips, along,
+};
 
 /// The edges of one rank's part.
 pub struct Edge {
@@ -54,37 +56,53 @@ impl Edge {
             .begin(self.form.clone(), |tokens| self.pair(&qkv, tokens))
     }
 
-    /// Puts the values of the first queries into `mixed` `[T, H E]`: these see keys of other ranks.
-    pub fn forward(&self, strips: Strips, qkv: &Buffer, mixed: Buffer) -> (Buffer, Option<Saved>) {
+    /// Puts the values of the first queries into `mixed` `[T, H E]`, and their sums of exponentials into
+    /// `sums`: these see keys of other ranks.
+    pub fn forward(
+        &self,
+        strips: Strips,
+        qkv: &Buffer,
+        mixed: Buffer,
+        sums: LogSumExp,
+    ) -> (Buffer, LogSumExp, Option<First>) {
         let qkv = flat(qkv.clone());
         let q = |tokens| self.read(&qkv, tokens, Of::Queries);
         let first = self
             .shared
             .first(strips, q, |tokens| self.pair(&qkv, tokens));
-        let Some((output, saved)) = first else {
-            return (mixed, None);
+        let Some(first) = first else {
+            return (mixed, sums, None);
         };
-        let tokens = 0..output.dims()[1];
-        let mixed = self.by_head(mixed);
-        let mixed = mixed.slice_assign([0..self.form.batch, tokens], output);
-        (buffer(mixed.reshape([-1])), Some(saved))
+        let (mixed, sums, first) = self.shared.joined(first, self.by_head(mixed), sums);
+        (buffer(mixed.reshape([-1])), sums, Some(first))
     }
 
     /// The gradients at the edges, and that of the mixed values `[T, H E]` for the attention of this
-    /// rank's tokens among themselves: the first queries take no part in it.
+    /// rank's tokens among themselves: where the first queries were done apart, they take no part in it.
+    /// `qkv`, `mixed` and `sums` are those of the forward pass.
     pub fn backward(
         &self,
-        saved: Option<Saved>,
+        saved: Option<First>,
+        (qkv, mixed, sums): (&Buffer, &Buffer, &LogSumExp),
         dmixed: Buffer,
     ) -> (Buffer, Option<EdgeGradients>) {
         let dmixed = self.by_head(dmixed);
         let rows = 0..self.form.batch;
-        let first = |first| dmixed.clone().slice([rows.clone(), 0..first]);
+        let first = |first| along(&dmixed, 0..first);
+        let merged = |first| Merged {
+            q: self.read(&flat(qkv.clone()), 0..first, Of::Queries),
+            output: along(&self.by_head(mixed.clone()), 0..first),
+            sums: sums.first(first),
+            dy: along(&dmixed, 0..first),
+        };
         let form = self.form.clone();
-        let gradients = self.shared.first_backward(form, saved, first);
+        let gradients = self.shared.first_backward(form, saved, first, merged);
         let dmixed = match &gradients.first {
-            None => dmixed,
-            Some([dq, ..]) => dmixed.slice_assign([rows, 0..dq.dims()[1]], dq.zeros_like()),
+            Some(AtFirst::Apart(first)) => {
+                let [dq, ..] = first.as_ref();
+                dmixed.slice_assign([rows, 0..dq.dims()[1]], dq.zeros_like())
+            }
+            _ => dmixed,
         };
         (buffer(dmixed.reshape([-1])), Some(gradients))
     }
@@ -93,22 +111,26 @@ impl Edge {
     pub fn added(&self, dqkv: Buffer, gradients: EdgeGradients) -> Buffer {
         let mut dqkv = flat(dqkv);
         // Summed wide and rounded once.
-        let add = |mut dqkv: Tensor<1>, tokens: Range<usize>, kv: [Tensor<4>; 2]| {
-            for (of, part) in [Of::Keys, Of::Values].into_iter().zip(kv) {
-                let own = widen(self.read(&dqkv, tokens.clone(), of));
-                let sum = cast(own + widen(part), DType::BF16);
-                dqkv = self.write(dqkv, tokens.clone(), of, sum);
-            }
-            dqkv
+        let add = |dqkv: Tensor<1>, tokens: Range<usize>, of: Of, part: Tensor<4>| {
+            let own = widen(self.read(&dqkv, tokens.clone(), of));
+            let sum = cast(own + widen(part), DType::BF16);
+            self.write(dqkv, tokens, of, sum)
         };
-        if let Some([dq, dk, dv]) = gradients.first {
-            let tokens = 0..dq.dims()[1];
-            dqkv = self.write(dqkv, tokens.clone(), Of::Queries, dq);
-            dqkv = add(dqkv, tokens, [dk, dv]);
+        match gradients.first {
+            None => {}
+            Some(AtFirst::Square(dq)) => dqkv = add(dqkv, 0..dq.dims()[1], Of::Queries, *dq),
+            Some(AtFirst::Apart(first)) => {
+                let [dq, dk, dv] = *first;
+                let tokens = 0..dq.dims()[1];
+                dqkv = self.write(dqkv, tokens.clone(), Of::Queries, dq);
+                dqkv = add(dqkv, tokens.clone(), Of::Keys, dk);
+                dqkv = add(dqkv, tokens, Of::Values, dv);
+            }
         }
         for [dk, dv] in self.shared.returned(gradients.last) {
             let tokens = self.tokens - dk.dims()[1]..self.tokens;
-            dqkv = add(dqkv, tokens, [dk, dv]);
+            dqkv = add(dqkv, tokens.clone(), Of::Keys, dk);
+            dqkv = add(dqkv, tokens, Of::Values, dv);
         }
         buffer(dqkv)
     }

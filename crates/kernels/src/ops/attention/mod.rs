@@ -1,5 +1,6 @@
 //! Causal attention: full or sliding window, grouped key-value heads, packed documents.
 
+pub(crate) mod merge;
 mod reference;
 pub(crate) mod shared;
 
@@ -8,6 +9,7 @@ use burn::tensor::Tensor;
 use crate::context::Context;
 use crate::function::{Forward, Function, Value, apply};
 use crate::packing::Packing;
+use merge::LogSumExp;
 use shared::SharedAttention;
 
 pub use shared::heads_divide;
@@ -80,8 +82,8 @@ pub(crate) struct Attention {
     spec: AttentionSpec,
 }
 
-/// q, k, v, the output, and the log-sum-exp of each query's scores `[B, H, N]`.
-pub(crate) type Saved = (Tensor<4>, Tensor<4>, Tensor<4>, Tensor<4>, Tensor<3>);
+/// q, k, v, the output, and the log-sum-exp of each query's scores.
+pub(crate) type Saved = (Tensor<4>, Tensor<4>, Tensor<4>, Tensor<4>, LogSumExp);
 
 impl Function<3> for Attention {
     type Saved = Saved;
@@ -96,23 +98,27 @@ impl Function<3> for Attention {
                 saved: (q, k, v, output, sums),
             };
         }
-        let (output, log_sum_exp) = reference::forward(q.clone(), k.clone(), v.clone(), &self.spec);
+        let (output, values) = reference::forward(q.clone(), k.clone(), v.clone(), &self.spec);
+        let sums = LogSumExp {
+            values,
+            by_token: false,
+        };
         Forward {
             output: output.clone().into(),
             extra: vec![],
-            saved: (q, k, v, output, log_sum_exp),
+            saved: (q, k, v, output, sums),
         }
     }
 
     fn backward(self, saved: Saved, dy: Value, _: [bool; 3]) -> [Option<Value>; 3] {
-        let (q, k, v, output, log_sum_exp) = saved;
+        let (q, k, v, output, sums) = saved;
         let dy = dy.tensor();
         #[cfg(feature = "cuda")]
         if let Some(gradients) =
-            crate::cuda::attention::backward([&q, &k, &v], &output, &log_sum_exp, &dy, &self.spec)
+            crate::cuda::attention::backward([&q, &k, &v], &output, &sums.values, &dy, &self.spec)
         {
             return gradients.map(|g| Some(g.into()));
         }
-        reference::backward(q, k, v, output, log_sum_exp, dy, &self.spec).map(|g| Some(g.into()))
+        reference::backward(q, k, v, output, sums.values, dy, &self.spec).map(|g| Some(g.into()))
     }
 }

@@ -2,19 +2,22 @@
 //!
 //! Either the keys travel: a rank fetches those that its queries see from the ranks before it, and the
 //! gradients of these go back there. With a window that is a strip of window − 1 tokens, whatever the
-//! length of a row, and only the first queries look at it: they are done apart, with the few keys that
-//! they see, and everything else is the attention of this rank's own tokens, which is done while the
-//! strip is on its way. Or the heads travel: each rank gets some heads of all tokens.
+//! length of a row, and only the first queries look at it: what they see there is one causal square, and
+//! everything else is the attention of this rank's own tokens, which is done while the strip is on its
+//! way. Where it is no square, the first queries are done apart, with the few keys that they see. Or the
+//! heads travel: each rank gets some heads of all tokens.
 //!
 //! P: ranks. N: tokens of this rank's part. S: tokens of the whole row, or those that are fetched.
 
 mod heads;
 mod keys;
+mod square;
 
 use std::ops::Range;
 
 use burn::tensor::Tensor;
 
+use super::merge::LogSumExp;
 use super::{Attention, AttentionSpec, Saved};
 use crate::context::{AttentionExchange, Context, Fault};
 use crate::dtype::{cast, widen};
@@ -24,7 +27,8 @@ use crate::packing::Packing;
 pub use heads::heads_divide;
 #[cfg(feature = "cuda")]
 pub use keys::Strips;
-pub use keys::{EdgeGradients, KeyForm, along};
+pub use keys::{AtFirst, EdgeGradients, First, KeyForm, OfFirst, along};
+pub use square::Merged;
 
 /// [`super::attention`] on one of several ranks.
 #[derive(Debug)]
@@ -40,7 +44,7 @@ pub struct SharedAttention {
 pub enum Shared {
     /// Of the first queries, which saw other ranks' keys, and of all with this rank's own keys; `None`
     /// where there are none of the one or of the other.
-    Keys(Box<[Option<Saved>; 2]>),
+    Keys(Box<(Option<First>, Option<Saved>)>),
     /// Of this rank's share of the heads.
     Heads(Box<Saved>),
 }
@@ -64,7 +68,7 @@ impl Function<3> for SharedAttention {
                     run(&self.over_own(), inputs)
                 });
                 let first = self.first(strips, |range| along(&q, range), kv);
-                together(own, first)
+                self.together(own, first)
             }
         };
         Forward {
@@ -82,10 +86,29 @@ impl Function<3> for SharedAttention {
                 self.to_tokens(gradients(self.over_heads(), *saved, dy))
             }
             Shared::Keys(saved) => {
-                let [first, own] = *saved;
-                let k = first.as_ref().or(own.as_ref()).map(|saved| &saved.1);
-                let form = KeyForm::of(k.expect("one of the two has been done"));
-                let of_edge = self.first_backward(form, first, |first| along(&dy, 0..first));
+                let (first, own) = *saved;
+                let k = match (&own, &first) {
+                    (Some(own), _) => &own.1,
+                    (None, Some(First::Apart(first))) => &first.1,
+                    _ => unreachable!("all queries are own ones or first ones"),
+                };
+                let form = KeyForm::of(k);
+                let of_edge = self.first_backward(
+                    form,
+                    first,
+                    |first| along(&dy, 0..first),
+                    |first| {
+                        let (q, _, _, output, sums) = own.as_ref().expect("beside a square");
+                        let [q, output, dy] = [q, output, &dy].map(|x| along(x, 0..first));
+                        let sums = sums.first(first);
+                        Merged {
+                            q,
+                            output,
+                            sums,
+                            dy,
+                        }
+                    },
+                );
                 self.with_own_backward(of_edge, own, dy)
             }
         };
@@ -138,6 +161,52 @@ impl SharedAttention {
         self.first_queries() < self.packing.length()
     }
 
+    /// The values of all queries, of this rank's tokens among themselves and of the first; and both for the
+    /// backward pass.
+    fn together(
+        &self,
+        own: Option<(Tensor<4>, Saved)>,
+        first: Option<OfFirst>,
+    ) -> (Tensor<4>, Shared) {
+        let keys = |first, own| Shared::Keys(Box::new((first, own)));
+        match (own, first) {
+            // One output is kept, written in place.
+            (Some((own, (q, k, v, kept, sums))), Some(first)) => {
+                drop(kept);
+                let (output, sums, first) = self.joined(first, own, sums);
+                let saved = (q, k, v, output.clone(), sums);
+                (output, keys(Some(first), Some(saved)))
+            }
+            (Some((output, saved)), None) => (output, keys(None, Some(saved))),
+            (None, Some(OfFirst::Apart { output, saved })) => {
+                (*output, keys(Some(First::Apart(saved)), None))
+            }
+            (None, _) => unreachable!("all queries are own ones or first ones"),
+        }
+    }
+
+    /// `own`, the values of this rank's tokens among themselves, and their sums of exponentials, with those
+    /// of the first queries; and what [`Self::first_backward`] needs of these.
+    pub fn joined(
+        &self,
+        first: OfFirst,
+        own: Tensor<4>,
+        sums: LogSumExp,
+    ) -> (Tensor<4>, LogSumExp, First) {
+        match first {
+            // The backward pass multiplies the sums of the first queries by their gradient, zero.
+            OfFirst::Apart { output, saved } => (replaced(own, *output), sums, First::Apart(saved)),
+            OfFirst::Square(square) => {
+                let (output, sums) = self.with_square(&square, &own, sums);
+                (
+                    replaced(own, output),
+                    sums,
+                    First::Square(Box::new(square.strip)),
+                )
+            }
+        }
+    }
+
     /// dq, dk and dv of this rank's tokens, given what the edges give.
     fn with_own_backward(
         &self,
@@ -146,9 +215,15 @@ impl SharedAttention {
         dy: Tensor<4>,
     ) -> [Tensor<4>; 3] {
         let [dq, mut dk, mut dv] = match (first, own) {
-            (Some(all), None) => all,
+            (Some(AtFirst::Apart(all)), None) => *all,
+            (Some(AtFirst::Square(first_dq)), own) => {
+                let own = own.expect("beside a square");
+                let [dq, dk, dv] = gradients(self.over_own(), own, dy);
+                [added(dq, 0, *first_dq), dk, dv]
+            }
             (None, own) => gradients(self.over_own(), own.expect("all queries"), dy),
-            (Some([first_dq, first_dk, first_dv]), Some(own)) => {
+            (Some(AtFirst::Apart(first)), Some(own)) => {
+                let [first_dq, first_dk, first_dv] = *first;
                 // Without a gradient the first queries give none to q, k and v.
                 let rest = replaced(dy, first_dq.zeros_like());
                 let [dq, dk, dv] = gradients(self.over_own(), own, rest);
@@ -192,30 +267,6 @@ impl SharedAttention {
                 context: None,
                 ..self.spec.clone()
             },
-        }
-    }
-}
-
-/// The values of all queries, of this rank's tokens among themselves and of the first apart; and both
-/// for the backward pass.
-fn together(
-    own: Option<(Tensor<4>, Saved)>,
-    first: Option<(Tensor<4>, Saved)>,
-) -> (Tensor<4>, Shared) {
-    let keys = |first, own| Shared::Keys(Box::new([first, own]));
-    match (own, first) {
-        // One output is kept, written in place: the backward pass multiplies what it has of the first
-        // queries by their gradient, zero.
-        (Some((own, (q, k, v, kept, sums))), Some((first, of_first))) => {
-            drop(kept);
-            let output = replaced(own, first);
-            let saved = (q, k, v, output.clone(), sums);
-            (output, keys(Some(of_first), Some(saved)))
-        }
-        (Some((output, saved)), None) => (output, keys(None, Some(saved))),
-        (None, first) => {
-            let (output, saved) = first.expect("all queries are own ones or first ones");
-            (output, keys(Some(saved), None))
         }
     }
 }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use burn::tensor::{DType, Device, Tensor};
 use ttt_parallel::{Pending, Receive};
 
+use super::square::{Merged, Square};
 use super::{SharedAttention, gradients, run};
 use crate::context::{ATTENTION, Fault};
 use crate::ops::attention::Saved;
@@ -54,18 +55,52 @@ pub struct Strips {
     coming: Option<Pending<Vec<Tensor<1>>>>,
 }
 
+/// What the first queries give before it is put into what this rank's tokens give among themselves
+/// ([`SharedAttention::joined`]).
+#[derive(Debug)]
+pub enum OfFirst {
+    /// Done with all the keys that they see.
+    Apart {
+        /// Their values: `[B, first, H, E]`.
+        output: Box<Tensor<4>>,
+        /// For the backward pass.
+        saved: Box<Saved>,
+    },
+    /// Done with the keys of the strip alone.
+    Square(Box<Square>),
+}
+
+/// What is kept of the first queries for the backward pass.
+#[derive(Clone, Debug)]
+pub enum First {
+    /// They were done with all the keys that they see.
+    Apart(Box<Saved>),
+    /// Keys and values of the strip, turned round; the rest is with all queries.
+    Square(Box<[Tensor<4>; 2]>),
+}
+
 /// What the backward pass of the first queries gives.
 #[derive(Debug)]
 pub struct EdgeGradients {
-    /// dq of the first queries, dk and dv of the first keys, which they see: `[B, first, H or G, E]`.
-    pub first: Option<[Tensor<4>; 3]>,
+    /// To this rank's tokens.
+    pub first: Option<AtFirst>,
     /// What the ranks behind give to the last keys and values ([`SharedAttention::returned`]).
     pub last: Strips,
 }
 
+/// What the backward pass of the first queries gives to this rank's tokens.
+#[derive(Debug)]
+pub enum AtFirst {
+    /// dq of the first queries, dk and dv of the first keys, which they see: `[B, first, H or G, E]`. The
+    /// first queries take no part in the backward pass of the tokens among themselves.
+    Apart(Box<[Tensor<4>; 3]>),
+    /// What belongs to dq of the first queries beside that of the tokens among themselves.
+    Square(Box<Tensor<4>>),
+}
+
 impl SharedAttention {
-    /// How many of this rank's queries look at keys of other ranks and are done apart: none on the first
-    /// rank, those within the window of the edge where they are few, else all.
+    /// How many of this rank's queries look at keys of other ranks, or are done as if they did: none on
+    /// the first rank, those within the window of the edge where they are few, else all.
     pub fn first_queries(&self) -> usize {
         let tokens = self.packing.length();
         match (self.reach(self.context.rank()), self.spec.window) {
@@ -112,47 +147,66 @@ impl SharedAttention {
         self.trade(sends.collect(), self.left(), form)
     }
 
-    /// Does the first queries with the keys that were fetched: their values `[B, first, H, E]`, and what
-    /// [`Self::first_backward`] needs. `None` where there are no such queries. `q` and `kv` return a range
-    /// of this rank's tokens.
+    /// Does the first queries with the keys that were fetched. `None` where there are no such queries.
+    /// `q` and `kv` return a range of this rank's tokens.
     pub fn first(
         &self,
         strips: Strips,
         q: impl FnOnce(Range<usize>) -> Tensor<4>,
         kv: impl Fn(Range<usize>) -> [Tensor<4>; 2],
-    ) -> Option<(Tensor<4>, Saved)> {
+    ) -> Option<OfFirst> {
         let mut seen = self.arrived(strips);
         let first = self.first_queries();
         if first == 0 {
             return None;
         }
+        let q = q(0..first);
+        // A square needs the strip whole: from one rank.
+        if let [strip] = seen.as_slice()
+            && let Some(square) = self.over_square(&q, strip)
+        {
+            return Some(OfFirst::Square(Box::new(square)));
+        }
         seen.push(kv(0..first));
         let (k, v): (Vec<_>, Vec<_>) = seen.into_iter().map(|[k, v]| (k, v)).unzip();
-        let inputs = [q(0..first), Tensor::cat(k, 1), Tensor::cat(v, 1)];
-        Some(run(&self.over_keys(first), inputs))
+        let inputs = [q, Tensor::cat(k, 1), Tensor::cat(v, 1)];
+        let (output, saved) = run(&self.over_keys(first), inputs);
+        Some(OfFirst::Apart {
+            output: Box::new(output),
+            saved: Box::new(saved),
+        })
     }
 
     /// The backward pass of [`Self::first`]: gradients begin to go to the ranks before and to come from
-    /// those behind. `dy` `[B, first, H, E]` is that of the first queries' values.
+    /// those behind. `dy` `[B, first, H, E]` is that of the first queries' values; `merged` is asked for
+    /// where they were done as a square.
     pub fn first_backward(
         &self,
         form: KeyForm,
-        saved: Option<Saved>,
+        saved: Option<First>,
         dy: impl FnOnce(usize) -> Tensor<4>,
+        merged: impl FnOnce(usize) -> Merged,
     ) -> EdgeGradients {
         let mut sends = vec![];
         let first = saved.map(|saved| {
             let first = self.first_queries();
-            let [dq, dk, dv] = gradients(self.over_keys(first), saved, dy(first));
+            let apart = matches!(saved, First::Apart(_));
+            let [dq, dk, dv] = match saved {
+                First::Apart(saved) => gradients(self.over_keys(first), *saved, dy(first)),
+                First::Square(strip) => self.square_backward(*strip, merged(first)),
+            };
             let mut begin = 0;
             for (to, count) in self.left() {
                 let range = begin..begin + count;
                 sends.push((to, [&dk, &dv].map(|d| along(d, range.clone()))));
                 begin += count;
             }
+            if !apart {
+                return AtFirst::Square(Box::new(dq));
+            }
             let own = begin..begin + first;
             let [dk, dv] = [dk, dv].map(|d| along(&d, own.clone()));
-            [dq, dk, dv]
+            AtFirst::Apart(Box::new([dq, dk, dv]))
         });
         let last = self.trade(sends, self.right(), form);
         EdgeGradients { first, last }

@@ -3,9 +3,12 @@
 
 use std::sync::Arc;
 
+use proptest::prelude::*;
+
 use burn::tensor::{DType, Device, Tensor};
 use ttt_parallel::threads::on_threads;
 
+use super::SharedAttention;
 use crate::context::{AttentionExchange, Context, ContextSettings, Fault};
 use crate::ops::attention::{AttentionSpec, attention};
 use crate::ops::seed::backward_from;
@@ -122,6 +125,69 @@ fn windows_reach_over_the_edges_of_ranks() {
     }
 }
 
+/// Of each rank, how many of its first queries of each row see the strip, where these are one square.
+fn squares(packing: &Packing, window: usize, ranks: usize) -> Vec<Option<Vec<usize>>> {
+    let part = packing.length() / ranks;
+    on_threads(ranks, |rank| {
+        let context = Context::new(Arc::new(rank), ContextSettings::default());
+        let begin = context.rank() * part;
+        let spec = AttentionSpec {
+            window: Some(window),
+            scale: 1.0,
+            query_offset: 0,
+            packing: Some(packing.part(begin..begin + part)),
+            context: Some(context),
+        };
+        SharedAttention::new(&spec).expect("a part").square()
+    })
+}
+
+/// The first queries are one square with the strip, unless a document begins inside the strip or the window
+/// is longer than half of a part; documents that end among the queries, or at the edge, do not hinder.
+#[test]
+fn first_queries_are_a_square_where_they_can_be() {
+    let whole = Packing::whole_rows(2, 48);
+    assert_eq!(
+        squares(&whole, 7, 4),
+        [None, Some(vec![6; 2]), Some(vec![6; 2]), Some(vec![6; 2])]
+    );
+    assert_eq!(squares(&whole, 8, 4), [None, None, None, None]);
+    assert_eq!(squares(&whole, 1, 4), [None, None, None, None]);
+    // Edges at 12, 24, 36; strips from 6, 18, 30 on.
+    let starts = vec![vec![0, 14, 31], vec![0, 6, 24, 37]];
+    let documents = Packing::new(48, starts).expect("ascending");
+    assert_eq!(
+        squares(&documents, 7, 4),
+        [None, Some(vec![2, 6]), Some(vec![6, 0]), None]
+    );
+    let case = case(documents, 2, Some(7));
+    let error = worst_error(&case, 4);
+    assert!(error < 1e-13, "{error:e}");
+}
+
+/// Begins of documents, a window and a number of ranks that divides 48 tokens.
+fn layout() -> impl Strategy<Value = (Vec<Vec<usize>>, usize, usize)> {
+    let starts = || {
+        proptest::collection::btree_set(1usize..48, 0..5)
+            .prop_map(|starts| [0].into_iter().chain(starts).collect::<Vec<_>>())
+    };
+    let ranks = prop_oneof![Just(2), Just(3), Just(4)];
+    (proptest::collection::vec(starts(), 2), 2usize..14, ranks)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Wherever documents begin.
+    #[test]
+    fn windows_reach_over_the_edges_within_documents((starts, window, ranks) in layout()) {
+        let packing = Packing::new(48, starts).expect("ascending");
+        let case = case(packing, 2, Some(window));
+        let error = worst_error(&case, ranks);
+        prop_assert!(error < 1e-13, "{ranks} ranks: {case:?}: {error:e}");
+    }
+}
+
 #[test]
 fn full_attention_equals_that_of_the_row_whatever_travels() {
     for packing in layouts() {
@@ -158,6 +224,19 @@ fn every_planted_fault_is_seen() {
             let error = worst_error(&case, 4);
             assert!(error > 0.05, "{case:?}: only {error:e}");
         }
+    }
+}
+
+/// Sums of exponentials that leave the strip out give wrong gradients.
+#[test]
+fn sums_that_are_not_merged_are_seen() {
+    for packing in layouts() {
+        let case = Case {
+            fault: Some(Fault::SumsOfOwnKeys),
+            ..case(packing, 2, Some(7))
+        };
+        let error = worst_error(&case, 4);
+        assert!(error > 0.05, "{case:?}: only {error:e}");
     }
 }
 
