@@ -33,6 +33,17 @@ pub fn all() -> Vec<Op> {
     let packing = packed(2, 200);
     let aligned = Packing::new(1024, vec![vec![0, 256], vec![0]]);
     let aligned = aligned.unwrap_or_else(|_| Packing::whole_rows(2, 1024));
+    // The first 79 queries of tokens 200 to 400, and the strip of as many before them.
+    let at_the_edge = |name: &str, starts: [Vec<usize>; 2]| {
+        let part = Half {
+            window: Some(80),
+            qk_norm: true,
+            packing: Packing::new(600, starts.to_vec()).ok(),
+            shared: true,
+            ..causal.clone()
+        };
+        part.attention(&format!("{name}, a part of rows"))
+    };
     vec![
         causal.clone().attention("causal"),
         Half {
@@ -109,6 +120,12 @@ pub fn all() -> Vec<Op> {
             ..causal.clone()
         }
         .attention("normed heads, documents, a part of rows"),
+        at_the_edge(
+            "a document ends among first queries",
+            [vec![0, 100, 240], vec![0]],
+        ),
+        at_the_edge("a document begins at the edge", [vec![0, 200], vec![0]]),
+        at_the_edge("a document begins in the strip", [vec![0, 150], vec![0]]),
         mlp(2, 101, 96, 264, false),
         mlp(1, 130, 1024, 128, true),
         mlp(3, 333, 192, 384, false),
