@@ -32,6 +32,8 @@ struct Case {
     activations: Activations,
     settings: ContextSettings,
     compute: DType,
+    /// Of the layers that have one.
+    window: usize,
 }
 
 /// The summed loss, the count of labels, the largest state ratio of each TTT layer, and the gradient of
@@ -44,7 +46,11 @@ struct Pass {
 }
 
 fn pass(case: Case, mesh: &Mesh) -> Pass {
-    let mut model = model_in(case.compute, &config(case.target), case.settings, mesh);
+    let config = ModelConfig {
+        sliding_window: Some(case.window),
+        ..config(case.target)
+    };
+    let mut model = model_in(case.compute, &config, case.settings, mesh);
     let (mut loss, mut labelled) = (scalar(0.0, &model.device), 0);
     let mut ratios: Vec<(usize, f64)> = vec![];
     for micro in micro_batches(mesh, &rows()) {
@@ -137,6 +143,7 @@ fn case(target: Target, activations: Activations) -> Case {
         activations,
         settings: ContextSettings::default(),
         compute: DType::F32,
+        window: 11,
     }
 }
 
@@ -152,6 +159,28 @@ fn context_ranks_compute_what_one_computes() {
             ..case(target, Activations::Keep)
         };
         assert_equals_one_rank(in_f64, &layouts);
+    }
+}
+
+/// Windows that leave every rank queries that see none but its own keys; those of the others see the part
+/// before as a square, or not where a document begins there.
+#[test]
+fn windows_within_half_a_part_compute_what_one_computes() {
+    let layouts = [
+        layout(1, 1, 2),
+        layout(1, 1, 4),
+        layout(1, 1, 8),
+        layout(2, 1, 4),
+    ];
+    for window in [2, 5] {
+        for compute in [DType::F32, DType::F64] {
+            let case = Case {
+                window,
+                compute,
+                ..case(Target::Embedding, Activations::Recompute)
+            };
+            assert_equals_one_rank(case, &layouts);
+        }
     }
 }
 

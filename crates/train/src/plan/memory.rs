@@ -233,7 +233,8 @@ impl<'a> Sizes<'a> {
     }
 
     /// What the last rank keeps of keys that it fetched, and, apart from its others, of the queries that
-    /// see them.
+    /// see them. With a window this is where a document begins among the fetched keys; elsewhere these
+    /// queries are a square with the keys, of which the keys alone are kept.
     fn fetched_bytes(&self, layer: usize, tokens: usize) -> f64 {
         let model = &self.config.model;
         let before = tokens * (self.layout.context - 1);
