@@ -6,6 +6,7 @@ use burn::tensor::DType;
 
 use super::attention::Extents;
 use super::gemm::Matrix;
+use super::hopper::ROTATED_HEAD;
 use super::norm::{MOST_PROCESSORS, sum_partials};
 use super::stream::{Arg, Buffer, Context};
 
@@ -91,6 +92,23 @@ impl Heads {
             query_row,
             key_row,
         }
+    }
+
+    /// Projects x by w `[S, D]` into `qkv`, queries and keys rotated, in one product. Returns whether there is
+    /// one for such rows; else nothing was done.
+    pub fn project_rotated(
+        &self,
+        cx: &mut Context,
+        (x, w): (Matrix, Matrix),
+        qkv: u64,
+        e: &Extents,
+        tables: (u64, u64),
+    ) -> Result<bool, String> {
+        if self.split || self.size != ROTATED_HEAD {
+            return Ok(false);
+        }
+        let turned = self.heads + self.groups;
+        cx.rotated_product(x, w, qkv, tables, (e.tokens, turned))
     }
 
     /// Rotates queries and keys in place, by `sign` times the tables' angle.

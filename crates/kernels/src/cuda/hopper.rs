@@ -1,5 +1,6 @@
-//! Matrix products that end in SwiGLU, for Hopper GPUs (`source/hopper.cu`, `source/hopper_gated.cu`): what
-//! the separate kernels read and write between product and activation stays in registers.
+//! Matrix products that end in SwiGLU or in a rotation, for Hopper GPUs (`source/hopper.cu`,
+//! `source/hopper_gated.cu`): what the separate kernels read and write between the product and its last step
+//! stays in registers.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,9 +16,19 @@ const TILE: usize = 128;
 const DEPTH: usize = 64;
 const STAGES: usize = 6;
 
-/// Columns of each of the two matrices in a tile of the forward product, and its stages.
+/// Columns of each half of a tile of the forward products, and their stages.
 const HALF: usize = 128;
 const HELD_STAGES: usize = 4;
+
+/// Rows that a warp of a forward product holds of a tile.
+const WARP_ROWS: usize = 16;
+
+/// The deepest [`Context::rotated_product`] that was measured: beside cuBLASLt's product and the rotation after it
+/// it takes .84 of the time at a depth of 1024, .90 at 2048 (H100, docs/benchmarks.md).
+const MOST_ROTATED: usize = 2048;
+
+/// Columns of a head in [`Context::rotated_product`].
+pub const ROTATED_HEAD: usize = HALF;
 
 /// Bytes of shared memory of so many stages, each of `lines` lines of depth: they, and what aligns the
 /// first.
@@ -25,9 +36,9 @@ const fn shared(stages: usize, lines: usize) -> u32 {
     (stages * lines * DEPTH * 2 + 1024) as u32
 }
 
-/// Of a product of two tiles, and of the forward product.
+/// Of a product of two tiles, and of the forward products.
 const SHARED: u32 = shared(STAGES, 2 * TILE);
-const SHARED_GATED: u32 = shared(HELD_STAGES, TILE + 2 * HALF);
+const SHARED_HELD: u32 = shared(HELD_STAGES, TILE + 2 * HALF);
 
 /// A product of this process ran on a kernel of this file.
 static RAN: AtomicBool = AtomicBool::new(false);
@@ -121,7 +132,39 @@ impl Context<'_> {
             Arg::Int(k as i32),
         ];
         self.doing(Work::Flops(4.0 * x.rows as f64 * (f * k) as f64))
-            .launch_clusters("product_gated", SHARED_GATED, &args)
+            .launch_clusters("product_gated", SHARED_HELD, &args)
+    }
+
+    /// Queries, keys and values `[T, S]` into `out`, those of the first `turned` heads rotated by the angles
+    /// of their tokens: x `w`ᵀ with x `[T, D]`, w `[S, D]`; cosine and sine `[N, E/2]` f32, E being
+    /// [`ROTATED_HEAD`]; T a multiple of N. Returns whether there is a kernel for them; else nothing was done.
+    pub fn rotated_product(
+        &mut self,
+        x: Matrix,
+        w: Matrix,
+        out: u64,
+        (cosine, sine): (u64, u64),
+        (tokens, turned): (usize, usize),
+    ) -> Result<bool, String> {
+        let (k, s) = (x.columns, w.rows);
+        let whole = s.is_multiple_of(2 * HALF) && tokens.is_multiple_of(WARP_ROWS);
+        if !whole || k > MOST_ROTATED || !fits(self, &[&x, &w], &[out, cosine, sine], k, s) {
+            return Ok(false);
+        }
+        let args = [
+            map(&x, TILE)?,
+            map(&w, HALF)?,
+            Arg::Ptr(out),
+            Arg::Ptr(cosine),
+            Arg::Ptr(sine),
+            Arg::Int(x.rows as i32),
+            Arg::Int(s as i32),
+            Arg::Int(k as i32),
+            Arg::Int(tokens as i32),
+            Arg::Int((turned * ROTATED_HEAD) as i32),
+        ];
+        self.doing(Work::Flops(2.0 * x.rows as f64 * (s * k) as f64))
+            .launch_clusters("product_rotated", SHARED_HELD, &args)
     }
 
     /// Back through SwiGLU from dy, with dZ = dy `down`: the gradients of gate and up side by side

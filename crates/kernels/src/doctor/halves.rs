@@ -51,6 +51,29 @@ pub fn all() -> Vec<Op> {
             ..causal.clone()
         }
         .attention("one matrix"),
+        // On Hopper queries, keys and values are rotated within their product: rows that end within a tile, a
+        // key beside a value in a tile, less depth than a tile has parts; more tiles than a GPU has blocks.
+        Half {
+            joined: true,
+            tokens: 208,
+            width: 192,
+            heads: 2,
+            groups: 1,
+            size: 128,
+            ..causal.clone()
+        }
+        .attention("one matrix"),
+        Half {
+            joined: true,
+            batch: 3,
+            tokens: 1008,
+            width: 512,
+            heads: 8,
+            size: 128,
+            window: Some(48),
+            ..causal.clone()
+        }
+        .attention("one matrix, window 48"),
         Half {
             window: Some(48),
             groups: 4,

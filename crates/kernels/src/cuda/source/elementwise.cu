@@ -86,6 +86,16 @@ extern "C" __global__ void swiglu_pair_backward(u16 *dgu, u16 *z, const u16 *gu,
     }
 }
 
+// Channel pairs (a, b) turned by angles of cosine c and sine s. The operations are named one by one, so that it
+// comes out alike wherever it is done.
+__device__ __forceinline__ void turn(const F8 &a, const F8 &b, const F8 &c, const F8 &s, F8 &p, F8 &q) {
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        p.v[k] = __fmaf_rn(a.v[k], c.v[k], -__fmul_rn(b.v[k], s.v[k]));
+        q.v[k] = __fmaf_rn(b.v[k], c.v[k], __fmul_rn(a.v[k], s.v[k]));
+    }
+}
+
 // The first `heads` heads of rows of `row` elements, x, y: [B, N, row] bf16, y may be x; cosine, sine:
 // [N, E/2] f32. Eight channel pairs per thread; E/2 a multiple of 8.
 extern "C" __global__ void rope(u16 *y, const u16 *x, const float *cosine, const float *sine, u64 vectors, int tokens, int heads, int half, int row, float sign) {
@@ -97,14 +107,11 @@ extern "C" __global__ void rope(u16 *y, const u16 *x, const float *cosine, const
         const u64 token = place % tokens;
         const u64 at = place * row + head % heads * 2 * half + j;
         const F8 a = load8(x + at), b = load8(x + at + half);
-        const F8 c = load8(cosine + token * half + j), s = load8(sine + token * half + j);
-        F8 p, q;
+        const F8 c = load8(cosine + token * half + j);
+        F8 s = load8(sine + token * half + j), p, q;
 #pragma unroll
-        for (int k = 0; k < 8; k++) {
-            const float t = s.v[k] * sign;
-            p.v[k] = a.v[k] * c.v[k] - b.v[k] * t;
-            q.v[k] = b.v[k] * c.v[k] + a.v[k] * t;
-        }
+        for (int k = 0; k < 8; k++) s.v[k] *= sign;
+        turn(a, b, c, s, p, q);
         store8(y + at, p);
         store8(y + at + half, q);
     }

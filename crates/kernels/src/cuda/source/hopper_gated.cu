@@ -1,15 +1,17 @@
-// Gate, up and Z = silu(gate) ∘ up of one product, for Hopper. Comes after hopper.cu.
+// Products that end in an elementwise step, for Hopper: gate, up and Z = silu(gate) ∘ up; queries, keys and
+// values with rotary embedding. Comes after hopper.cu.
 //
 // A consumer never waits for memory: at the end of a tile it rounds its sums to bf16, which halves the
-// registers they take, and begins the next tile. What it holds leaves in parts, SwiGLU and all, each while
+// registers they take, and begins the next tile. What it holds leaves in parts, last step and all, each while
 // wgmma multiplies one block of the new tile.
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A tile: 128 rows, 64 to a consumer; HALF columns of gate and the same of up.
+// A tile: 128 rows, 64 to a consumer; two times HALF columns, in SwiGLU gate and up.
 constexpr int HALF = 128, HELD_STAGES = 4;
 constexpr int HALF_BYTES = HALF * DEPTH * 2, HELD_STAGE_BYTES = TILE_BYTES + 2 * HALF_BYTES;
-// Parts that a tile leaves in: of 32 columns, for a thread eight of one row.
+// Parts that a tile leaves in: 32 columns and 32 that belong to them, for a thread eight each of one row. The
+// second half of the parts are of the rows eight below.
 constexpr int PARTS = HALF / 16;
 
 // sum[128] = A (64 × 16) B (16 × 256), both with K along memory; added to the sum if it `counts`.
@@ -38,11 +40,95 @@ __device__ __forceinline__ void fence_sums(float (&d)[128]) {
     for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// a: [M, K]; gate, up: [F, K]. pair ← gate and up side by side [M, 2F] unless it is null, z ← Z [M, F]. F a
-// multiple of 128, K of 64.
+// A last step says which sums make up a part, where a tile begins, and what becomes of a part.
 //
-// The two blocks of a cluster take tiles one below the other; one loads gate's part for both, one up's.
-__device__ __forceinline__ void gated(const TensorMap *map_a, const TensorMap *map_gate, const TensorMap *map_up, u16 *pair, u16 *z, int m, int f, int k) {
+// Gate in the first half of a tile, up in the second. pair ← both side by side [M, 2F] unless it is null, z ← Z
+// [M, F].
+struct Swiglu {
+    // Columns from a tile to the next, and from its first half to its second, among the rows of their matrices.
+    static constexpr int STEP = HALF, ACROSS = 0;
+    u16 *pair, *z;
+    int m, f;
+    // The thread's first row and column of the tile that leaves. None yet: no row is in range.
+    int line = m, at = 0;
+
+    // The first sum of pair i % 8 of part i / 8, of columns 8 (i % 4) ..; up's sums follow gate's.
+    static __device__ __forceinline__ constexpr int sum_of(int i) {
+        const int part = i / 8, block = part % (PARTS / 2) * 4 + i % 4;
+        return i % 8 / 4 * 64 + 4 * block + part / (PARTS / 2) * 2;
+    }
+
+    __device__ __forceinline__ void begin(int row, int column) {
+        line = row, at = column;
+    }
+
+    __device__ __forceinline__ void leave(int part, const u32 *v) {
+        const uint4 x = gather_block(v[0], v[1], v[2], v[3]), y = gather_block(v[4], v[5], v[6], v[7]);
+        const int l = line + part / (PARTS / 2) * 8, c = at + part % (PARTS / 2) * 32;
+        const bool in_range = l < m;
+        if (pair && in_range) {
+            u16 *to = pair + (u64)l * 2 * f + c;
+            *(uint4 *)to = x;
+            *(uint4 *)(to + f) = y;
+        }
+        const F8 g = unpack(x), u = unpack(y);
+        F8 product;
+#pragma unroll
+        for (int j = 0; j < 8; j++) product.v[j] = g.v[j] * sigmoid(g.v[j]) * u.v[j];
+        if (in_range) store8(z + (u64)l * f + c, product);
+    }
+};
+
+// Two heads of 128 columns in a tile. out ← queries, keys and values [M, width], those in the first `turned` columns
+// turned by the angles of their tokens: cosine, sine [N, 64]. N a multiple of 16, so that the rows of a warp are
+// of one sequence.
+struct Rotary {
+    static constexpr int STEP = 2 * HALF, ACROSS = HALF;
+    u16 *out;
+    const float *cosine, *sine;
+    int m, width, tokens, turned;
+    int line = m, at = 0, token = 0;
+    // Angles of the part that leaves; the second head, which comes next, is turned by the same.
+    F8 c = {}, s = {};
+
+    // Part i / 8 % 4: 32 of the first 64 columns and the 32 that they pair with, of one head and then of the
+    // other.
+    static __device__ __forceinline__ constexpr int sum_of(int i) {
+        const int part = i / 8, block = part % 2 * 16 + part / 2 % 2 * 4 + i % 8 / 4 * 8 + i % 4;
+        return 4 * block + part / (PARTS / 2) * 2;
+    }
+
+    __device__ __forceinline__ void begin(int row, int column) {
+        line = row, at = column, token = row % tokens;
+    }
+
+    __device__ __forceinline__ void leave(int part, const u32 *v) {
+        const int below = part / (PARTS / 2) * 8, l = line + below, within = part / 2 % 2 * 32, head = at + part % 2 * HALF;
+        const bool turns = head < turned;
+        if (turns && part % 2 == 0) {
+            const u64 from = (u64)(token + below) * (HALF / 2) + (at % HALF + within);
+            c = load8(cosine + from), s = load8(sine + from);
+        }
+        uint4 x = gather_block(v[0], v[1], v[2], v[3]), y = gather_block(v[4], v[5], v[6], v[7]);
+        if (turns) {
+            F8 p, q;
+            turn(unpack(x), unpack(y), c, s, p, q);
+            x = pack8(p), y = pack8(q);
+        }
+        if (l < m) {
+            u16 *to = out + (u64)l * width + (head + within);
+            *(uint4 *)to = x;
+            *(uint4 *)(to + HALF / 2) = y;
+        }
+    }
+};
+
+// a: [M, K]; b0, b1: what the first and the second half of a tile's columns are rows of, K along memory, K a
+// multiple of 64. across: tiles of a row.
+//
+// The two blocks of a cluster take tiles one below the other; each loads one half of the columns for both.
+template <class Last>
+__device__ __forceinline__ void held_product(const TensorMap *map_a, const TensorMap *map_b0, const TensorMap *map_b1, Last step, int m, int across, int k) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(8) u64 barriers[2 * HELD_STAGES];
     const u32 skip = -shared_at(memory) & 1023, stages = shared_at(memory) + skip;
@@ -57,7 +143,7 @@ __device__ __forceinline__ void gated(const TensorMap *map_a, const TensorMap *m
     cluster_sync();
     // A block for each part of the tile before: beyond K, TMA fills in zeros.
     const int blocks = max(k / DEPTH, PARTS);
-    const int across = f / HALF, down = (m + 2 * TILE - 1) / (2 * TILE);
+    const int down = (m + 2 * TILE - 1) / (2 * TILE);
     const int all = across * down, clusters = gridDim.x / 2;
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -73,7 +159,7 @@ __device__ __forceinline__ void gated(const TensorMap *map_a, const TensorMap *m
                     const u32 here = full + 8 * stage, to = stages + stage * HELD_STAGE_BYTES;
                     barrier_expect(here, HELD_STAGE_BYTES);
                     load_box(to, map_a, b * DEPTH, (row + rank) * TILE, here);
-                    load_box_for_both(to + TILE_BYTES + rank * HALF_BYTES, rank ? map_up : map_gate, b * DEPTH, column * HALF, here);
+                    load_box_for_both(to + TILE_BYTES + rank * HALF_BYTES, rank ? map_b1 : map_b0, b * DEPTH, column * Last::STEP + rank * Last::ACROSS, here);
                     if (++stage == HELD_STAGES) stage = 0, phase ^= 1;
                 }
             }
@@ -105,32 +191,16 @@ __device__ __forceinline__ void gated(const TensorMap *map_a, const TensorMap *m
             last = stage;
             if (++stage == HELD_STAGES) stage = 0, phase ^= 1;
         };
-        // bf16 pairs of the tile before: for each part four of gate, four of up. None yet: no row is in range.
+        // bf16 pairs of the tile before, eight for each part: four of its columns, four of those that belong to them.
         u32 held[PARTS * 8];
-        int line = m, at = 0;
 #pragma unroll
         for (int i = 0; i < PARTS * 8; i++) held[i] = 0;
-        auto leave = [&](int part, const u32 *v) {
-            const uint4 x = gather_block(v[0], v[1], v[2], v[3]), y = gather_block(v[4], v[5], v[6], v[7]);
-            const int l = line + part / (PARTS / 2) * 8, c = at + part % (PARTS / 2) * 32;
-            const bool in_range = l < m;
-            if (pair && in_range) {
-                u16 *to = pair + (u64)l * 2 * f + c;
-                *(uint4 *)to = x;
-                *(uint4 *)(to + f) = y;
-            }
-            const F8 g = unpack(x), u = unpack(y);
-            F8 product;
-#pragma unroll
-            for (int j = 0; j < 8; j++) product.v[j] = g.v[j] * sigmoid(g.v[j]) * u.v[j];
-            if (in_range) store8(z + (u64)l * f + c, product);
-        };
         int tile = blockIdx.x / 2;
         do {
 #pragma unroll
             for (int b = 0; b < PARTS; b++) {
                 issue(b);
-                leave(b, held + b * 8);
+                step.leave(b, held + b * 8);
                 settle(b);
             }
             for (int b = PARTS; b < blocks; b++) issue(b), settle(b);
@@ -138,15 +208,10 @@ __device__ __forceinline__ void gated(const TensorMap *map_a, const TensorMap *m
             fence_sums(sums);
             release();
 #pragma unroll
-            for (int i = 0; i < PARTS * 8; i++) {
-                // Pair i % 4 of a part, of columns 8 (i % 4) ..; up's sums follow gate's.
-                const int part = i / 8, block = part % (PARTS / 2) * 4 + i % 4;
-                const int from = i % 8 / 4 * 64 + 4 * block + part / (PARTS / 2) * 2;
-                held[i] = pack(sums[from], sums[from + 1]);
-            }
+            for (int i = 0; i < PARTS * 8; i++) held[i] = pack(sums[Last::sum_of(i)], sums[Last::sum_of(i) + 1]);
             int row, column;
             place(tile, across, down, row, column);
-            line = (row + rank) * TILE + own * 64 + warp * 16 + lane / 4, at = column * HALF + 8 * (lane % 4);
+            step.begin((row + rank) * TILE + own * 64 + warp * 16 + lane / 4, column * Last::STEP + 8 * (lane % 4));
         } while ((tile += clusters) < all);
         // The last tile leaves by way of the stages, which are all used up: were its registers read once more
         // here, they would not all stay registers above.
@@ -158,7 +223,7 @@ __device__ __forceinline__ void gated(const TensorMap *map_a, const TensorMap *m
         for (int part = 0; part < PARTS; part++) {
             const uint4 x = mine[512 * part], y = mine[512 * part + 256];
             const u32 v[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-            leave(part, v);
+            step.leave(part, v);
         }
     }
     // No block leaves while the other may still write to it.
@@ -167,7 +232,12 @@ __device__ __forceinline__ void gated(const TensorMap *map_a, const TensorMap *m
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_gated(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, u16 *pair, u16 *z, int m, int f, int k) {
-    gated(&a, &gate, &up, pair, z, m, f, k);
+    held_product(&a, &gate, &up, Swiglu{pair, z, m, f}, m, f / HALF, k);
+}
+
+// b: [S, K], S a multiple of 256.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) product_rotated(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, u16 *out, const float *cosine, const float *sine, int m, int s, int k, int tokens, int turned) {
+    held_product(&a, &b, &b, Rotary{out, cosine, sine, m, s, tokens, turned}, m, s / (2 * HALF), k);
 }
 
 #endif

@@ -211,9 +211,15 @@ impl Function<8> for Attention {
             i.norm.forward(cx, to[0], from[at::X], from[at::GAIN])?;
             let projected = to.get(2).copied().unwrap_or(to[1]);
             let n = i.bf16(to[0], d);
-            let rows = i.heads.matrices(projected);
-            i.weights(from).forward(cx, n, &rows)?;
+            let weights = i.weights(from);
             let tables = (from[at::COS], from[at::SIN]);
+            if let (false, Some(w)) = (self.qk_norm, weights.whole())
+                && i.heads
+                    .project_rotated(cx, (n, w), to[1], &i.extents, tables)?
+            {
+                return Ok(());
+            }
+            weights.forward(cx, n, &i.heads.matrices(projected))?;
             let gains = (from[at::Q_GAIN], from[at::K_GAIN]);
             match self.qk_norm {
                 false => i.heads.rotate(cx, to[1], &i.extents, tables, 1.0),

@@ -31,6 +31,14 @@ impl Stacked {
         Self { parts, columns }
     }
 
+    /// All of them as one matrix `[Σ M, D]`, where they lie so.
+    pub fn whole(&self) -> Option<Matrix> {
+        match self.parts[..] {
+            [(at, rows)] => Some(Matrix::new(at, rows, self.columns, DType::BF16)),
+            _ => None,
+        }
+    }
+
     /// The matrices' rows `from .. from + count`, as they lie together, and where each begins.
     fn cut(&self, from: usize, count: usize) -> Vec<(Matrix, usize)> {
         let mut begin = 0;
