@@ -33,9 +33,9 @@ pub(crate) enum Patience {
     /// As in a step.
     #[default]
     Usual,
-    /// Several times as long; and how long it does tells what is usual after it.
+    /// Several times as long while its process is at work; and how long it does tells what is usual after it.
     First,
-    /// Several times as long.
+    /// Several times as long while its process is at work.
     Long,
     /// For ever.
     Endless,
@@ -51,6 +51,8 @@ pub(crate) struct Seen {
     pub moves: u64,
     /// Whether the thread waits for another rank.
     pub waits: bool,
+    /// Whether the device has marks before it: it is the one that has to move.
+    pub device: bool,
     /// That of the most patient task.
     pub patience: Patience,
 }
@@ -79,7 +81,7 @@ impl Activity {
     }
 
     /// The thread begins what others rightly wait for, and in which it may stand still for longer
-    /// than in a step: for a disk, say.
+    /// than in a step, as long as its process computes, reads or writes.
     pub fn long(&self, task: impl Display) -> Declared {
         self.task(Patience::Long, task)
     }
@@ -142,6 +144,7 @@ impl Activity {
             what,
             moves: passed + if left == 0 { state.moves } else { 0 },
             waits: state.waits > 0,
+            device: left > 0,
             patience: patience.max().unwrap_or_default(),
         }
     }

@@ -1,10 +1,10 @@
 //! What ranks do when one of them hangs, rehearsed: for tests of the launcher and of clusters.
 //!
 //! [`VARIABLE`] makes the main thread of one rank stop moving before one step, the same on every rank's
-//! environment: `hang:RANK:STEP` for ever, `task:RANK:STEP` in a declared long task, for ever as well, or
-//! `task:RANK:STEP:SECONDS` for so long; `gpu:RANK:STEP` makes its GPU stand still instead.
+//! environment: `hang:RANK:STEP` for ever, `task:RANK:STEP` in a declared long task, for ever as well;
+//! `task:RANK:STEP:SECONDS` computes in one for so long; `gpu:RANK:STEP` makes its GPU stand still instead.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 use ttt_parallel::{Activity, CommError};
@@ -27,7 +27,7 @@ struct Scene {
 enum What {
     Hang,
     Gpu,
-    /// A declared task, of so many seconds if that is said.
+    /// A declared task: of so many seconds in which it computes, or for ever in which it does nothing.
     Task(Option<u64>),
 }
 
@@ -86,7 +86,7 @@ impl Rehearsal {
             What::Task(seconds) => {
                 let _task = activity.long("a rehearsed task");
                 match seconds {
-                    Some(seconds) => std::thread::sleep(Duration::from_secs(seconds)),
+                    Some(seconds) => compute_for(Duration::from_secs(seconds)),
                     None => for_ever(),
                 }
                 Ok(())
@@ -94,6 +94,13 @@ impl Rehearsal {
             What::Gpu => stall(device).map_err(CommError::Start),
             What::Hang => for_ever(),
         }
+    }
+}
+
+fn compute_for(time: Duration) {
+    let begun = Instant::now();
+    while begun.elapsed() < time {
+        std::hint::spin_loop();
     }
 }
 

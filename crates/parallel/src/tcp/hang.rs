@@ -11,8 +11,9 @@
 //! ranks, a move of another rank is one, too: who is faster than the others does not hang.
 //!
 //! **The limit** is the deadline of silence, or [`SLOWER`] times the longest time between two moves so far,
-//! where that is more. In a long task it is [`LONGER`] times the deadline, and it is that as well for a
-//! rank whose device waits while another is at a long task. Such a rank speaks later ([`FIRST`]): it is not
+//! where that is more. In a long task it is [`LONGER`] times the deadline while the process is at work
+//! (`life.rs`) and its device has nothing before it, else the deadline as well; and it is the longer one for
+//! a rank whose device waits while another is at a long task. Such a rank speaks later ([`FIRST`]): it is not
 //! the one to blame.
 //!
 //! The clock counts looks and not hours, so that a process that was stopped and goes on has not aged.
@@ -21,6 +22,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::life::{Done, Life};
 use super::{Letter, Received};
 use crate::activity::{Activity, Patience, Seen};
 
@@ -29,7 +31,7 @@ use crate::activity::{Activity, Patience, Seen};
 /// seen is up to two looks short. With the default deadline this tells where more than 5 s pass between two
 /// moves, as they do where a slow CPU computes a large block.
 const SLOWER: u32 = 4;
-/// Deadlines for which a rank may stand still in a long task: 200 s by default. The longest single things
+/// Deadlines for which a rank may stand still in a long task, at work: 200 s by default. The longest single things
 /// between two moves are a file of 5 GiB that is flushed to disk or hashed, 100 s at 50 MB/s, and a first
 /// step's kernels, 11 s to compile.
 const LONGER: u32 = 10;
@@ -148,6 +150,8 @@ struct Clock {
     moves: u64,
     around: Around,
     still: Duration,
+    /// How long neither that nor any work was seen.
+    idle: Duration,
     /// Whether the time since the last move tells how long this rank takes by itself.
     tells: bool,
     /// The longest such time.
@@ -161,13 +165,20 @@ impl Clock {
             moves: 0,
             around: Around::default(),
             still: Duration::ZERO,
+            idle: Duration::ZERO,
             tells: true,
             slowest: Duration::ZERO,
         }
     }
 
-    /// Looks again after `passed`; how far beyond the limit the clock is.
-    fn look(&mut self, seen: &Seen, around: &Around, passed: Duration) -> Option<Duration> {
+    /// Looks again after `passed`, and whether the process `works`; how far beyond the limit the clock is.
+    fn look(
+        &mut self,
+        seen: &Seen,
+        works: bool,
+        around: &Around,
+        passed: Duration,
+    ) -> Option<Duration> {
         // A wait of the device that is over was its last move.
         let mut moved =
             seen.moves != self.moves || (self.around.device_waits && !around.device_waits);
@@ -181,18 +192,28 @@ impl Clock {
             if self.tells {
                 self.slowest = self.slowest.max(self.still);
             }
-            self.still = Duration::ZERO;
+            (self.still, self.idle) = (Duration::ZERO, Duration::ZERO);
             self.tells = true;
             return None;
         }
         self.tells &= patience <= Patience::First && !around.device_waits;
         // More than two looks apart, this process was stopped, or starved.
-        self.still += passed.min(2 * self.between());
+        let passed = passed.min(2 * self.between());
+        self.still += passed;
+        // Who waits for a device computes, too, or seems to.
+        self.idle = match (works && !seen.device) || around.device_waits {
+            true => Duration::ZERO,
+            false => self.idle + passed,
+        };
         let least = match patience {
             Patience::Usual => self.deadline,
             _ => LONGER * self.deadline,
         };
-        self.still.checked_sub(least.max(SLOWER * self.slowest))
+        let beyond = self.still.checked_sub(least.max(SLOWER * self.slowest));
+        let idle = self
+            .idle
+            .checked_sub(self.deadline.max(SLOWER * self.slowest));
+        beyond.max(idle)
     }
 
     fn between(&self) -> Duration {
@@ -213,7 +234,7 @@ pub(super) struct Watched {
 impl Watched {
     /// Looks until the run is over; says that this rank hangs if so.
     pub fn watch(self, deadline: Duration) {
-        let mut clock = Clock::new(deadline);
+        let (mut clock, mut life) = (Clock::new(deadline), Life::default());
         let mut last = Instant::now();
         while !self.mailbox.over_within(clock.between()) {
             let passed = last.elapsed();
@@ -221,7 +242,8 @@ impl Watched {
             let (marks, left) = (self.device.marks)();
             self.activity.marks(marks, left);
             let (seen, around) = (self.activity.look(), self.around());
-            if let Some(beyond) = clock.look(&seen, &around, passed) {
+            let works = life.works(Done::seen(), passed);
+            if let Some(beyond) = clock.look(&seen, works, &around, passed) {
                 if around.device_waits && beyond < FIRST.max(2 * clock.between()) {
                     continue;
                 }
@@ -268,200 +290,4 @@ impl Watched {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const DEADLINE: Duration = Duration::from_secs(20);
-    const ALONE: Around = Around {
-        device_waits: false,
-        patience: Patience::Usual,
-        moves: 0,
-    };
-
-    /// Looks a second apart, of at most 1000, until the limit is reached; which that was. Sees beside
-    /// itself what `each` says.
-    fn ends(
-        clock: &mut Clock,
-        activity: &Activity,
-        mut each: impl FnMut(u32) -> Around,
-    ) -> Option<u32> {
-        (1..=1000).find(|&look| {
-            let around = each(look);
-            let beyond = clock.look(&activity.look(), &around, Duration::from_secs(1));
-            beyond.is_some()
-        })
-    }
-
-    /// The same with a new clock, and nothing beside.
-    fn alone(activity: &Activity, mut each: impl FnMut(u32)) -> Option<u32> {
-        ends(&mut Clock::new(DEADLINE), activity, |look| {
-            each(look);
-            ALONE
-        })
-    }
-
-    #[test]
-    fn who_does_not_move_is_seen() {
-        let activity = Activity::default();
-        activity.at("step 7");
-        // The first look sees the move.
-        assert_eq!(alone(&activity, |_| ()), Some(21));
-        let moves_twice = |look| {
-            if [5, 10].contains(&look) {
-                activity.at("step 8");
-            }
-        };
-        assert_eq!(alone(&activity, moves_twice), Some(30));
-    }
-
-    /// While the device has marks before it, it must pass some, whatever the main thread does.
-    #[test]
-    fn a_device_that_does_not_go_on_is_seen() {
-        for (left, moves_until, end) in [(1, 0, 120), (1, 500, 120), (0, 500, 520)] {
-            let activity = Activity::default();
-            let each = |look: u32| {
-                activity.marks(u64::from(look.min(100)), left);
-                if look <= moves_until {
-                    activity.at("another block");
-                }
-            };
-            assert_eq!(alone(&activity, each), Some(end), "{left} {moves_until}");
-        }
-    }
-
-    #[test]
-    fn who_waits_is_not() {
-        let activity = Activity::default();
-        activity.at("step 7");
-        let wait = activity.wait();
-        assert_eq!(alone(&activity, |_| ()), None);
-        drop(wait);
-        assert_eq!(alone(&activity, |_| ()), Some(21));
-    }
-
-    /// A step of 100 s whose parts take 2 s leaves the limit as it is; one whose parts take 10 s does not.
-    #[test]
-    fn the_longest_time_between_moves_counts_and_not_the_step() {
-        for (part, limit) in [(2, 20), (10, 36)] {
-            let activity = Activity::default();
-            activity.at("step 7");
-            let moves = |look: u32| {
-                if look <= 100 && look.is_multiple_of(part) {
-                    activity.at("another block");
-                }
-            };
-            // 10 s are seen as 9: those at whose end there was no move.
-            assert_eq!(alone(&activity, moves), Some(100 + limit), "{part}");
-        }
-    }
-
-    #[test]
-    fn a_long_task_has_a_longer_limit() {
-        let activity = Activity::default();
-        activity.at("step 7");
-        let task = activity.long("saving");
-        assert_eq!(alone(&activity, |_| ()), Some(201));
-        // Who moves in it is left alone, and stands still for as long afterwards.
-        let moves = |look: u32| {
-            if look.is_multiple_of(190) && look <= 760 {
-                activity.at("another file");
-            }
-        };
-        assert_eq!(alone(&activity, moves), Some(960));
-        let inner = activity.endless("telling something");
-        assert_eq!(alone(&activity, |_| ()), None);
-        drop((inner, task));
-        assert_eq!(alone(&activity, |_| ()), Some(21));
-    }
-
-    /// How long somebody stands still in a long task says nothing of what comes after it; in the first
-    /// step it does.
-    #[test]
-    fn the_first_step_tells_what_is_usual() {
-        for (tells, limit) in [(true, 396), (false, 20)] {
-            let activity = Activity::default();
-            let begin = match tells {
-                true => activity.first("the first step"),
-                false => activity.long("the first step"),
-            };
-            let mut clock = Clock::new(DEADLINE);
-            let mut begin = Some(begin);
-            let end = ends(&mut clock, &activity, |look| {
-                if look == 101 {
-                    begin = None;
-                }
-                ALONE
-            });
-            assert_eq!(end, Some(101 + limit), "{tells}");
-        }
-    }
-
-    /// Whose device waits has time while others move or are at a long task. Whose does not has none of theirs.
-    #[test]
-    fn a_device_that_waits_is_waited_for() {
-        let activity = Activity::default();
-        activity.at("step 7");
-        for (device_waits, patience, moves_until, end) in [
-            (true, Patience::Usual, 0, Some(21)),
-            (true, Patience::Usual, 100, Some(120)),
-            (true, Patience::Long, 0, Some(201)),
-            (true, Patience::Endless, 0, None),
-            (false, Patience::Usual, 100, Some(21)),
-            (false, Patience::Endless, 100, Some(21)),
-        ] {
-            let mut clock = Clock::new(DEADLINE);
-            let got = ends(&mut clock, &activity, |look| Around {
-                device_waits,
-                patience,
-                moves: u64::from(look.min(moves_until)),
-            });
-            assert_eq!(got, end, "{device_waits} {patience:?} {moves_until}");
-        }
-        // How long it waited is not how long it takes.
-        let mut clock = Clock::new(DEADLINE);
-        let end = ends(&mut clock, &activity, |look| Around {
-            device_waits: look < 100,
-            patience: Patience::Long,
-            moves: u64::from(look >= 100),
-        });
-        // The end of the wait was a move.
-        assert_eq!(end, Some(120));
-        assert_eq!(clock.slowest, Duration::ZERO);
-    }
-
-    /// Stopped for an hour, the process has aged by two looks.
-    #[test]
-    fn who_was_stopped_has_not_aged() {
-        let activity = Activity::default();
-        let mut clock = Clock::new(DEADLINE);
-        let hour = Duration::from_secs(3600);
-        assert_eq!(clock.look(&activity.look(), &ALONE, hour), None);
-        assert_eq!(clock.still, Duration::from_secs(2));
-    }
-
-    #[test]
-    fn what_is_said_of_a_task() {
-        let activity = Activity::default();
-        activity.at("step 3");
-        let said = || Said::of(&activity.look());
-        assert_eq!(said().patience, Patience::Usual);
-        let _task = activity.long("saving");
-        assert_eq!(
-            said(),
-            Said {
-                patience: Patience::Long,
-                moves: 2,
-                what: "saving".into()
-            }
-        );
-        activity.at("a file");
-        assert_eq!(said().what, "saving, a file");
-        let waits = activity.wait();
-        assert_eq!(said().patience, Patience::Usual);
-        drop(waits);
-        assert_eq!(Said::decode(&said().encode()), Some(said()));
-        for wrong in [&[][..], &[2; 8], &[9; 20]] {
-            assert_eq!(Said::decode(wrong), None);
-        }
-    }
-}
+mod tests;

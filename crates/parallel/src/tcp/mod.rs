@@ -14,6 +14,7 @@
 pub mod frame;
 mod greeting;
 mod hang;
+mod life;
 mod rendezvous;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,153 @@
+//! Signs that a process is at work although its main thread comes to no new place: in a long task.
+//!
+//! Whatever takes long there computes (kernels that are compiled, values that are drawn) or moves bytes (a
+//! checkpoint). A process that does neither waits for something that may never come.
+
+use std::time::Duration;
+
+/// Looks that are taken together: the clock of a process moves in hundredths of a second.
+const TOGETHER: u32 = 5;
+/// Of the time what a process at work computes at least, all threads together. One that
+/// waits looks at itself and sends heartbeats: less than a hundredth of this.
+const LEAST: f64 = 0.05;
+
+/// What a process has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Done {
+    /// Time in which its threads computed.
+    pub computed: Duration,
+    /// Bytes read and written by it.
+    pub moved: u64,
+    /// A thread of it waits for a disk now: such a wait shows in nothing else.
+    pub disk: bool,
+}
+
+impl Done {
+    /// Whether a process that had done `before` was at work in the time `passed` since.
+    pub fn works(&self, before: &Self, passed: Duration) -> bool {
+        let computed = self.computed.saturating_sub(before.computed);
+        self.disk || self.moved != before.moved || computed > passed.mul_f64(LEAST)
+    }
+
+    /// Of this process; nothing where that cannot be seen.
+    #[cfg(target_os = "linux")]
+    pub fn seen() -> Option<Self> {
+        use procfs::process::{ProcState, Process};
+
+        let own = Process::myself().ok()?;
+        let (stat, io) = (own.stat().ok()?, own.io().ok()?);
+        let ticks = (stat.utime + stat.stime) as f64 / procfs::ticks_per_second() as f64;
+        // A thread may end while it is looked at.
+        let mut states = own.tasks().ok()?.flatten().flat_map(|task| task.stat());
+        Some(Self {
+            computed: Duration::from_secs_f64(ticks),
+            // What came from a network file system, or from another process by a pipe, counts too.
+            moved: (io.rchar + io.wchar).wrapping_add(io.read_bytes + io.write_bytes),
+            disk: states.any(|stat| stat.state().is_ok_and(|state| state == ProcState::Waiting)),
+        })
+    }
+
+    /// Of this process; nothing where that cannot be seen.
+    #[cfg(not(target_os = "linux"))]
+    pub fn seen() -> Option<Self> {
+        None
+    }
+}
+
+/// Whether this process is at work, as it was seen last.
+#[derive(Debug, Default)]
+pub(super) struct Life {
+    before: Done,
+    looks: u32,
+    passed: Duration,
+    idle: bool,
+}
+
+impl Life {
+    /// Looks again, `passed` after the look before: what is `done` by now. Where that cannot be seen, the
+    /// process is taken to be at work.
+    pub fn works(&mut self, done: Option<Done>, passed: Duration) -> bool {
+        let Some(done) = done else { return true };
+        self.looks += 1;
+        self.passed += passed;
+        if self.looks == TOGETHER {
+            self.idle = !done.works(&self.before, self.passed);
+            self.before = done;
+            (self.looks, self.passed) = (0, Duration::ZERO);
+        }
+        !self.idle
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// Of so many windows of looks a second apart, in which of them the process works that `does` so much
+    /// in a second.
+    fn windows(does: impl Fn(u32) -> Done) -> Vec<bool> {
+        let mut life = Life::default();
+        let looks = (1..=4 * TOGETHER).map(|second| life.works(Some(does(second)), SECOND));
+        let looks: Vec<bool> = looks.collect();
+        looks
+            .chunks(TOGETHER as usize)
+            .map(|window| window[TOGETHER as usize - 1])
+            .collect()
+    }
+
+    #[test]
+    fn who_computes_moves_bytes_or_waits_for_a_disk_works() {
+        let computed = |part: u32| {
+            move |second: u32| Done {
+                computed: SECOND * second * part / 100,
+                ..Done::default()
+            }
+        };
+        assert_eq!(windows(computed(100)), [true; 4]);
+        assert_eq!(windows(computed(6)), [true; 4]);
+        assert_eq!(windows(computed(4)), [false; 4]);
+        let moves = |second: u32| Done {
+            moved: u64::from(second.min(TOGETHER + 1)),
+            ..Done::default()
+        };
+        assert_eq!(windows(moves), [true, true, false, false]);
+        let disk = |second: u32| Done {
+            disk: second > 2 * TOGETHER,
+            ..Done::default()
+        };
+        assert_eq!(windows(disk), [false, false, true, true]);
+        let mut life = Life::default();
+        assert!(
+            (0..20).all(|_| life.works(None, SECOND)),
+            "what is not seen"
+        );
+    }
+
+    /// The process of this test, in fact: while it computes, and while it reads.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn this_process_is_seen() {
+        use std::time::Instant;
+
+        let long = Duration::from_millis(200);
+        let begun = Done::seen().expect("/proc");
+        let since = Instant::now();
+        let mut sum = 0_u64;
+        while since.elapsed() < long {
+            sum = std::hint::black_box(sum.wrapping_mul(3) + 1);
+        }
+        let done = Done::seen().expect("/proc");
+        assert!(
+            done.computed - begun.computed >= long / 4,
+            "{begun:?} {done:?}"
+        );
+        let text = std::fs::read("/proc/self/maps").expect("a file");
+        let read = Done::seen().expect("/proc");
+        assert!(
+            read.moved >= done.moved + text.len() as u64,
+            "{done:?} {read:?}"
+        );
+    }
+}
