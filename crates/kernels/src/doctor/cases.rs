@@ -87,19 +87,18 @@ pub fn all() -> Vec<Op> {
                 linear_cross_entropy(h, x[1].clone().reshape([1000, 64]), labels, 0.5)
             },
         ),
-        op(
-            "embedding, 50 rows of 64",
-            &[(50 * 64, 1.0)],
-            ROUNDED,
-            |x| {
-                let ids = ints((0..310).map(|i| i * i % 41).collect(), &plain(&x[0]));
-                let dtype = x[0].dtype();
-                flat(embedding(
-                    ids.reshape([2, 155]),
-                    x[0].clone().reshape([50, 64]),
-                    dtype,
-                ))
-            },
+        embedding_case(
+            "50 rows of 64",
+            (50, 64),
+            (0..310).map(|i| i * i % 41).collect(),
+        ),
+        // As in text: one row for a third of the tokens, in several pieces of them, and many for one or none.
+        embedding_case(
+            "4000 rows of 328, one frequent",
+            (4000, 328),
+            (0..3100)
+                .map(|i| if i % 3 == 0 { 17 } else { i * 7 % 3989 })
+                .collect(),
         ),
     ];
     for (rows, width) in [(37, 1024), (501, 128), (9, 2560), (5, 8192)] {
@@ -277,6 +276,17 @@ fn shared_scan_case(chunk: usize) -> Op {
         CHAIN,
         run,
     )
+}
+
+fn embedding_case(name: &str, (vocab, width): (usize, usize), ids: Vec<i64>) -> Op {
+    let run = move |x: &[Tensor<1>]| {
+        let ids = ints(ids.clone(), &plain(&x[0]));
+        let dtype = x[0].dtype();
+        let ids = ids.reshape([2, -1]);
+        flat(embedding(ids, x[0].clone().reshape([vocab, width]), dtype))
+    };
+    let name = format!("embedding, {name}");
+    op(&name, &[(vocab * width, 1.0)], ROUNDED, run)
 }
 
 fn rope_case(batch: usize, tokens: usize, heads: usize, size: usize) -> Op {
