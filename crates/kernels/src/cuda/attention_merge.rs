@@ -3,6 +3,7 @@
 use burn::tensor::{DType, Tensor};
 
 use super::stream::{Arg, Buffer, on_stream};
+use crate::work::Work;
 
 /// Tokens whose heads lie one behind the other, and the elements between neighbouring rows and tokens:
 /// `[B, N, H, E]` bf16. Such a view is read as it lies, another one copied.
@@ -56,6 +57,41 @@ pub fn turned(x: &Tensor<4>) -> Option<Tensor<4>> {
         cx.launch_over("turned_tokens", vectors, &args)
     });
     Some(y.tensor())
+}
+
+/// Where tokens lie in a buffer: the first element, and the elements between neighbouring rows and tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Lies {
+    pub first: usize,
+    pub row: usize,
+    pub token: usize,
+}
+
+/// Adds `part` `[B, N, H, E]` bf16 to the tokens that lie in `x`, which nobody else reads. Whether it could be.
+pub fn add(x: &Buffer, lies: Lies, part: &Tensor<4>) -> bool {
+    let [batch, count, heads, size] = part.dims();
+    let Some((part, [part_row, part_token])) = tokens(part) else {
+        return false;
+    };
+    let vectors = (batch * count * heads * size / 8) as u64;
+    on_stream(&[&part], &[x], |cx, from, to| {
+        let first = to[0] + 2 * lies.first as u64;
+        check(&[first, from[0]])?;
+        let args = [
+            Arg::Ptr(first),
+            Arg::Ptr(from[0]),
+            Arg::Size(vectors),
+            Arg::Int(count as i32),
+            Arg::Int((heads * size / 8) as i32),
+            Arg::Size(lies.row as u64),
+            Arg::Size(lies.token as u64),
+            Arg::Size(part_row),
+            Arg::Size(part_token),
+        ];
+        cx.doing(Work::Bytes(48.0 * vectors as f64))
+            .launch_over("added_tokens", vectors, &args)
+    });
+    true
 }
 
 /// Values `[B, N, H, E]` bf16 and log-sum-exps `[B, H, N]` f32 of two parts, the second with its tokens

@@ -30,3 +30,17 @@ extern "C" __global__ void attention_merged(u16 *y, float *of_both, const u16 *f
         if (part == 0) of_both[sums + t] = most + __logf(e1 + e2);
     }
 }
+
+// x[b, i] += part[b, i], rounded once: tokens of `width` vectors, `row` and `token` elements apart.
+extern "C" __global__ void added_tokens(u16 *x, const u16 *part, u64 vectors, int tokens, int width, u64 row, u64 token, u64 part_row, u64 part_token) {
+    const u64 stride = (u64)gridDim.x * blockDim.x;
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < vectors; i += stride) {
+        const u64 place = i / width, b = place / tokens, t = place % tokens, at = i % width * 8;
+        u16 *to = x + b * row + t * token + at;
+        F8 sum = load8(to);
+        const F8 more = load8(part + b * part_row + t * part_token + at);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum.v[j] += more.v[j];
+        store8(to, sum);
+    }
+}

@@ -6,6 +6,7 @@ use std::ops::Range;
 use burn::tensor::{DType, Tensor};
 
 use super::attention::Inputs;
+use crate::cuda::attention_merge::{self, Lies};
 use crate::cuda::heads::Heads;
 use crate::cuda::stream::Buffer;
 use crate::dtype::{cast, widen};
@@ -108,31 +109,42 @@ impl Edge {
     }
 
     /// dq, dk and dv, laid out as q, k and v are, with those at the edges.
-    pub fn added(&self, dqkv: Buffer, gradients: EdgeGradients) -> Buffer {
-        let mut dqkv = flat(dqkv);
-        // Summed wide and rounded once.
-        let add = |dqkv: Tensor<1>, tokens: Range<usize>, of: Of, part: Tensor<4>| {
-            let own = widen(self.read(&dqkv, tokens.clone(), of));
-            let sum = cast(own + widen(part), DType::BF16);
-            self.write(dqkv, tokens, of, sum)
-        };
+    pub fn added(&self, mut dqkv: Buffer, gradients: EdgeGradients) -> Buffer {
         match gradients.first {
             None => {}
-            Some(AtFirst::Square(dq)) => dqkv = add(dqkv, 0..dq.dims()[1], Of::Queries, *dq),
+            Some(AtFirst::Square(dq)) => dqkv = self.add(dqkv, 0, Of::Queries, &dq),
             Some(AtFirst::Apart(first)) => {
                 let [dq, dk, dv] = *first;
                 let tokens = 0..dq.dims()[1];
-                dqkv = self.write(dqkv, tokens.clone(), Of::Queries, dq);
-                dqkv = add(dqkv, tokens.clone(), Of::Keys, dk);
-                dqkv = add(dqkv, tokens, Of::Values, dv);
+                dqkv = buffer(self.write(flat(dqkv), tokens, Of::Queries, dq));
+                dqkv = self.add(dqkv, 0, Of::Keys, &dk);
+                dqkv = self.add(dqkv, 0, Of::Values, &dv);
             }
         }
         for [dk, dv] in self.shared.returned(gradients.last) {
-            let tokens = self.tokens - dk.dims()[1]..self.tokens;
-            dqkv = add(dqkv, tokens.clone(), Of::Keys, dk);
-            dqkv = add(dqkv, tokens, Of::Values, dv);
+            let begin = self.tokens - dk.dims()[1];
+            dqkv = self.add(dqkv, begin, Of::Keys, &dk);
+            dqkv = self.add(dqkv, begin, Of::Values, &dv);
         }
-        buffer(dqkv)
+        dqkv
+    }
+
+    /// `dqkv` with `part` `[B, n, X, E]` added to the tokens from `begin` on: summed wide and rounded once.
+    fn add(&self, dqkv: Buffer, begin: usize, of: Of, part: &Tensor<4>) -> Buffer {
+        let place = self.place(of);
+        let token = place.row * self.form.size;
+        let lies = Lies {
+            first: place.from + begin * token + place.heads.start * self.form.size,
+            row: self.tokens * token,
+            token,
+        };
+        if attention_merge::add(&dqkv, lies, part) {
+            return dqkv;
+        }
+        let (dqkv, tokens) = (flat(dqkv), begin..begin + part.dims()[1]);
+        let own = widen(self.read(&dqkv, tokens.clone(), of));
+        let sum = cast(own + widen(part.clone()), DType::BF16);
+        buffer(self.write(dqkv, tokens, of, sum))
     }
 
     /// `[T, X E]` as `[B, N, X, E]`.
