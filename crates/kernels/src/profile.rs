@@ -1,4 +1,4 @@
-//! Where the time of a step goes, operation by operation.
+//! How long operations take on a GPU, one by one.
 
 use std::collections::HashMap;
 
@@ -15,6 +15,8 @@ pub struct Timed {
     pub ms: f64,
     /// What it does at least, where that is known.
     pub work: Option<Work>,
+    /// It ran beside the others, on a stream of its own: an exchange between ranks.
+    pub beside: bool,
 }
 
 /// All operations of one name.
@@ -28,6 +30,17 @@ pub struct Entry {
     pub ms: f64,
     /// Work of all of them; `None` if that of one is not known.
     pub work: Option<Work>,
+    /// See [`Timed::beside`].
+    pub beside: bool,
+}
+
+/// What was timed.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Profile {
+    /// Milliseconds from the beginning to the end, on the device.
+    pub ms: f64,
+    /// In the order in which they were issued.
+    pub operations: Vec<Timed>,
 }
 
 /// `operations` by name, the longest first.
@@ -41,6 +54,7 @@ pub fn by_name(operations: &[Timed]) -> Vec<Entry> {
                     calls: 1,
                     ms: timed.ms,
                     work: timed.work,
+                    beside: timed.beside,
                 });
             }
             std::collections::hash_map::Entry::Occupied(found) => {
@@ -59,23 +73,55 @@ pub fn by_name(operations: &[Timed]) -> Vec<Entry> {
     entries
 }
 
-/// Times every CUDA operation of this crate that `work` issues on `device`. What Burn's own kernels
-/// and the gaps take is not among them. `None` where there is nothing to time: another device, a
-/// build without CUDA.
+/// Times the CUDA operations of this crate from [`begin`] to [`Recording::end`]. What Burn's own kernels and
+/// the gaps take is not among them. One at a time.
+#[derive(Debug)]
+pub struct Recording {
+    #[cfg(feature = "cuda")]
+    events: crate::cuda::profile::Recording,
+}
+
+/// Begins on `device`. `None` where there is nothing to time: another device, a build without CUDA.
+///
+/// # Errors
+/// If the driver refuses.
+pub fn begin(device: &Device) -> Option<Result<Recording, String>> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::profile::Recording::begin(device)
+        .map(|begun| begun.map(|events| Recording { events }));
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = device;
+        None
+    }
+}
+
+impl Recording {
+    /// Waits for the device and tells what it did.
+    ///
+    /// # Errors
+    /// If an operation failed.
+    pub fn end(self) -> Result<Profile, String> {
+        #[cfg(feature = "cuda")]
+        return self.events.end();
+        #[cfg(not(feature = "cuda"))]
+        Err("nothing is recorded without CUDA".into())
+    }
+}
+
+/// What `work` does on `device`. `None` where there is nothing to time.
 ///
 /// # Errors
 /// If an operation failed.
 pub fn record<T>(
     device: &Device,
     work: impl FnOnce() -> T,
-) -> Option<Result<(T, Vec<Timed>), String>> {
-    #[cfg(feature = "cuda")]
-    return crate::cuda::profile::record_operations(device, work);
-    #[cfg(not(feature = "cuda"))]
-    {
-        let _ = (device, work);
-        None
-    }
+) -> Option<Result<(T, Profile), String>> {
+    let begun = begin(device)?;
+    Some(begun.and_then(|recording| {
+        let done = work();
+        Ok((done, recording.end()?))
+    }))
 }
 
 #[cfg(test)]
@@ -87,6 +133,7 @@ mod tests {
             name: name.into(),
             ms,
             work,
+            beside: false,
         }
     }
 

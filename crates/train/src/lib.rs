@@ -20,6 +20,7 @@ pub mod metrics;
 pub mod open;
 pub mod optimizer;
 pub mod plan;
+pub mod profile;
 pub mod progress;
 pub mod ranks;
 mod rehearsal;

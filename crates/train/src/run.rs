@@ -22,6 +22,7 @@ use crate::init::draw;
 use crate::metrics::{self, MetricsWriter};
 use crate::optimizer::{Updater, scalar};
 use crate::plan::Plan;
+use crate::profile::ProfiledStep;
 use crate::progress::Progress;
 use crate::ranks::Ranks;
 use crate::rehearsal::Rehearsal;
@@ -213,6 +214,11 @@ fn train_on(
         DeviceKind::Cuda => mesh.activity.long("the first step"),
     });
     let mut evaluated = false;
+    let profiled = ProfiledStep {
+        config: &config.run,
+        rank: ranks.rank(),
+        device: &device,
+    };
     ranks.started();
     while at.step < steps {
         let step = at.step;
@@ -221,6 +227,7 @@ fn train_on(
         ledger.take();
         mesh.activity.at(format_args!("step {step}"));
         rehearsal.perform(ranks.rank(), step, &mesh.activity, &device)?;
+        let recording = profiled.begin(step)?;
 
         // Forward and backward, a few rows at a time. The gradient is that of the loss summed over
         // all ranks' labelled tokens, scaled by a nominal token count until the true one is known.
@@ -261,6 +268,7 @@ fn train_on(
         let loss = all(loss)? * normalizer.clone();
         let lr = learning_rate(&config.optimizer, step, steps);
         let update = updater.update(&mut model.units, normalizer, lr, step, &mesh)?;
+        profiled.end(recording, &mesh.activity)?;
         at.step += 1;
         at.tokens += tokens_per_step;
         let sent = ledger.take();

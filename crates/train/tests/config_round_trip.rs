@@ -284,7 +284,10 @@ prop_compose! {
     ) -> Config {
         let parallel = with_effect(parallel, &model, &train);
         Config {
-            run: RunConfig { dir: dir.into(), device: if cuda { DeviceKind::Cuda } else { DeviceKind::Cpu }, seed },
+            run: RunConfig {
+                dir: dir.into(), device: if cuda { DeviceKind::Cuda } else { DeviceKind::Cpu }, seed,
+                profile_step: cuda.then(|| seed % train.steps),
+            },
             init: init.map(|(from, revision)| InitConfig { from, revision }),
             model, data, train, optimizer, parallel,
             checkpoint: CheckpointConfig { every: checkpoint.0.into(), keep: checkpoint.1, at_end: checkpoint.2 },

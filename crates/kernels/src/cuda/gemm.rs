@@ -135,7 +135,8 @@ impl Operand {
 #[derive(Default)]
 pub struct Gemms {
     opened: Option<(sys::cublasLtHandle_t, u64)>,
-    plans: HashMap<Key, Plan>,
+    /// By product and the multiprocessors it is laid out for, where that is not all.
+    plans: HashMap<(Key, Option<u32>), Plan>,
 }
 
 impl Gemms {
@@ -160,7 +161,7 @@ impl Gemms {
         processors: Option<u32>,
     ) -> Result<&mut Plan, String> {
         use std::collections::hash_map::Entry;
-        match self.plans.entry(key) {
+        match self.plans.entry((key, processors)) {
             Entry::Occupied(found) => Ok(found.into_mut()),
             Entry::Vacant(free) => Ok(free.insert(new_plan(handle, key, processors)?)),
         }

@@ -17,7 +17,8 @@ use cudarc::nccl::result::{self as nccl, NcclError};
 use cudarc::nccl::sys;
 
 use super::event::{Event, Flights};
-use super::share::{EXCHANGES, Exchanging};
+use super::profile::{timed, timed_beside};
+use super::share::{self, EXCHANGES};
 use super::stream::{Buffer, on_stream};
 
 /// What all ranks of a communicator know and no others: bytes of rank 0's making.
@@ -33,7 +34,6 @@ pub struct Communicator {
     flights: Arc<Flights>,
     /// An operation failed, here or elsewhere: nothing may be waited for any more.
     failed: AtomicBool,
-    _exchanging: Exchanging,
 }
 
 /// `ncclConfig_t` as NCCL 2.17 knew it: later versions add their own at the end, and take what this one
@@ -319,16 +319,17 @@ impl Communicator {
             anchor,
             flights: Flights::new()?,
             failed: AtomicBool::new(false),
-            _exchanging: Exchanging::begin(),
         })
     }
 
-    /// Issues an operation from `reads` to `writes`, after all that Burn's stream computes by now.
+    /// Issues an operation of this `name` from `reads` to `writes`, after all that Burn's stream computes by
+    /// now.
     ///
     /// # Errors
     /// If NCCL refuses it, or an earlier one failed.
     pub fn start(
         self: &Arc<Self>,
+        name: &'static str,
         reads: Vec<Buffer>,
         writes: Vec<Buffer>,
         operation: impl FnOnce(Issue) -> Result<(), String> + Send,
@@ -338,12 +339,20 @@ impl Communicator {
         let from: Vec<&Buffer> = reads.iter().collect();
         // The device thread is found by what is written; there may be nothing else.
         let to: Vec<&Buffer> = writes.iter().chain([&self.anchor]).collect();
+        // What is sent is about what is read, or what is written where others send it.
+        let bytes = |all: &[Buffer]| -> usize {
+            let each = all.iter().map(|b| b.len() * b.dtype().size());
+            each.sum()
+        };
+        let bytes = bytes(&reads).max(bytes(&writes));
         on_stream(&from, &to, |context, reads, writes| {
-            *out = self.issue(context.stream, reads, writes, operation);
+            share::begin(bytes);
+            *out = self.issue(name, context.stream, reads, writes, operation);
             out.as_ref().map(|_| ()).map_err(Clone::clone)
         });
         match started {
             Ok(end) => Ok(Started {
+                name,
                 communicator: self.clone(),
                 end: Some(end),
                 _reads: reads,
@@ -359,6 +368,7 @@ impl Communicator {
     /// On the device thread: the operation between two events. Returns that of its end.
     fn issue(
         &self,
+        name: &'static str,
         compute: CUstream,
         reads: &[u64],
         writes: &[u64],
@@ -374,7 +384,8 @@ impl Communicator {
             reads,
             writes,
         };
-        operation(issue)?;
+        // From when the data is there; so the time in which others come, too.
+        timed_beside(self.stream, || (name.into(), None), || operation(issue))?;
         let mut state = sys::ncclResult_t::ncclSuccess;
         // SAFETY: the communicator is live; `state` is written.
         let asked = unsafe { sys::ncclCommGetAsyncError(self.comm, &mut state) };
@@ -410,6 +421,7 @@ impl Drop for Communicator {
 /// An operation under way. Its memory is held until Burn's stream is known to come after it.
 #[derive(Debug)]
 pub struct Started {
+    name: &'static str,
     communicator: Arc<Communicator>,
     end: Option<Arc<Event>>,
     _reads: Vec<Buffer>,
@@ -432,12 +444,12 @@ impl Started {
         };
         let mut joined = Err("the device thread did not answer".to_string());
         let out = &mut joined;
-        let anchor = &self.communicator.anchor;
+        let (name, anchor) = (self.name, &self.communicator.anchor);
         let to: Vec<&Buffer> = self.writes.iter().chain([anchor]).collect();
         on_stream(&[], &to, move |context, _, _| {
-            *out = end
-                .before(context.stream)
-                .map_err(|error| error.to_string());
+            let stream = context.stream;
+            let wait = || end.before(stream).map_err(|error| error.to_string());
+            *out = timed(stream, || (format!("wait for {name}"), None), wait);
             out.clone()
         });
         joined

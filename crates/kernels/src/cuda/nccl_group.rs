@@ -97,11 +97,13 @@ impl NcclGroup {
         let tracked = tensor.is_autodiff();
         let (from, count, dtype) = buffer(operation, &tensor)?;
         let to = from.empty([len], dtype);
-        let started = self.communicator.start(vec![from], vec![to], |issue| {
-            let span = |at, len| Span { at, len, dtype };
-            let (from, to) = (span(issue.reads[0], count), span(issue.writes[0], len));
-            call(issue, from, to)
-        });
+        let started = self
+            .communicator
+            .start(operation, vec![from], vec![to], |issue| {
+                let span = |at, len| Span { at, len, dtype };
+                let (from, to) = (span(issue.reads[0], count), span(issue.writes[0], len));
+                call(issue, from, to)
+            });
         let started = started.map_err(|reason| self.failed(operation, reason))?;
         Ok((started, tracked))
     }
@@ -264,7 +266,7 @@ impl ProcessGroup for NcclGroup {
             )?;
             writes.push(like);
         }
-        let started = self.communicator.start(reads, writes, |issue| {
+        let started = self.communicator.start(operation, reads, writes, |issue| {
             let from = sent.iter().zip(issue.reads);
             let from = from.map(|(&(to, len, dtype), &at)| (to, Span { at, len, dtype }));
             let into = receives.iter().zip(issue.writes).map(|(due, &at)| {

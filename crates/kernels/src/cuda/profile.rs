@@ -7,8 +7,9 @@ use burn::tensor::Device;
 use cudarc::driver::result::{DriverError, event};
 use cudarc::driver::sys::{CUevent, CUevent_flags, CUstream};
 
+use super::share;
 use super::stream::{Buffer, on_stream};
-use crate::profile::Timed;
+use crate::profile::{Profile, Timed};
 use crate::work::Work;
 
 fn failed(what: &str) -> impl Fn(DriverError) -> String + '_ {
@@ -105,6 +106,7 @@ pub fn is_on() -> bool {
 struct Record {
     name: String,
     work: Option<Work>,
+    beside: bool,
     from: CUevent,
     to: CUevent,
 }
@@ -114,10 +116,31 @@ thread_local! {
     static RECORDS: RefCell<Vec<Record>> = const { RefCell::new(vec![]) };
 }
 
-/// Calls `issue`, between two events while a profile is taken. `describe` names the operation and
-/// what it does.
+/// Calls `issue`, between two events of `stream`, Burn's, while a profile is taken. `describe` names the
+/// operation and what it does.
 pub(super) fn timed(
     stream: CUstream,
+    describe: impl Fn() -> (String, Option<Work>),
+    issue: impl FnOnce() -> Result<(), String>,
+) -> Result<(), String> {
+    if share::is_under_way() {
+        share::pass(describe().1);
+    }
+    timed_on(stream, false, describe, issue)
+}
+
+/// The same of what a stream beside Burn's does.
+pub(super) fn timed_beside(
+    stream: CUstream,
+    describe: impl FnOnce() -> (String, Option<Work>),
+    issue: impl FnOnce() -> Result<(), String>,
+) -> Result<(), String> {
+    timed_on(stream, true, describe, issue)
+}
+
+fn timed_on(
+    stream: CUstream,
+    beside: bool,
     describe: impl FnOnce() -> (String, Option<Work>),
     issue: impl FnOnce() -> Result<(), String>,
 ) -> Result<(), String> {
@@ -132,6 +155,7 @@ pub(super) fn timed(
         records.push(Record {
             name,
             work,
+            beside,
             from,
             to,
         });
@@ -139,31 +163,42 @@ pub(super) fn timed(
     Ok(())
 }
 
-/// Times every operation of this crate that `work` issues on `device`. `None` if it is no CUDA device.
-///
-/// # Errors
-/// If an operation failed.
-pub fn record_operations<T>(
-    device: &Device,
-    work: impl FnOnce() -> T,
-) -> Option<Result<(T, Vec<Timed>), String>> {
-    let probe = Buffer::probe(device)?;
-    // What was issued before is not timed, since the closure runs after it.
-    let begun = on_thread(&probe, |_| {
-        RECORDS.with_borrow_mut(Vec::clear);
-        ON.store(true, Ordering::Relaxed);
-        Ok(())
-    });
-    if let Err(error) = begun {
-        return Some(Err(error));
+/// Operations are timed while this is there.
+#[derive(Debug)]
+pub struct Recording {
+    probe: Buffer,
+    /// The beginning: the address of a `CUevent` of Burn's stream.
+    from: usize,
+}
+
+impl Recording {
+    /// Begins behind what was issued so far. `None` if `device` is no CUDA device.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn begin(device: &Device) -> Option<Result<Self, String>> {
+        let probe = Buffer::probe(device)?;
+        let begun = on_thread(&probe, |stream| {
+            RECORDS.with_borrow_mut(Vec::clear);
+            ON.store(true, Ordering::Relaxed);
+            Ok(record(stream)? as usize)
+        });
+        Some(begun.map(|from| Self { probe, from }))
     }
-    let done = work();
-    let timed = on_thread(&probe, |_| {
-        ON.store(false, Ordering::Relaxed);
-        let records = RECORDS.take();
-        records
-            .into_iter()
-            .map(|record| {
+
+    /// Waits for what was issued and tells how long it took.
+    ///
+    /// # Errors
+    /// If an operation failed.
+    pub fn end(self) -> Result<Profile, String> {
+        let begin = self.from;
+        on_thread(&self.probe, |stream| {
+            ON.store(false, Ordering::Relaxed);
+            let (begin, end) = (begin as CUevent, record(stream)?);
+            let ms = between(begin, end);
+            destroy(begin);
+            destroy(end);
+            let operations = RECORDS.take().into_iter().map(|record| {
                 let ms = between(record.from, record.to);
                 destroy(record.from);
                 destroy(record.to);
@@ -171,9 +206,14 @@ pub fn record_operations<T>(
                     name: record.name,
                     ms: ms?,
                     work: record.work,
+                    beside: record.beside,
                 })
+            });
+            let operations = operations.collect::<Result<_, String>>()?;
+            Ok(Profile {
+                ms: ms?,
+                operations,
             })
-            .collect()
-    });
-    Some(timed.map(|timed| (done, timed)))
+        })
+    }
 }

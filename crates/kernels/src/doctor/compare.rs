@@ -112,10 +112,10 @@ fn rates(op: &Op, data: &[TensorData], dy: &TensorData, device: &Device) -> [Opt
     };
     let seed = seed(&y, dy, device);
     let backward = match record(device, || backward_from(y, seed)) {
-        Some(Ok((_, backward))) => rate_of(&backward),
+        Some(Ok((_, backward))) => rate_of(&backward.operations),
         _ => None,
     };
-    [rate_of(&forward), backward]
+    [rate_of(&forward.operations), backward]
 }
 
 /// The output and the gradients of all inputs.
@@ -238,6 +238,7 @@ mod tests {
             name: "x".into(),
             ms,
             work,
+            beside: false,
         };
         let gemm = timed(1.0, Some(Work::Flops(3e9)));
         let rope = timed(2.0, Some(Work::Bytes(6e6)));

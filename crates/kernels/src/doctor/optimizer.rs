@@ -133,7 +133,7 @@ pub fn all(device: &Device) -> Vec<Comparison> {
         let ours = results(device, case);
         let reference = results(&Device::flex(), case);
         let rate = match record(device, || results(device, case)) {
-            Some(Ok((_, timed))) => rate_of(&timed),
+            Some(Ok((_, profile))) => rate_of(&profile.operations),
             _ => None,
         };
         let parts = ["weights", "mean", "square", "Σ g²"];

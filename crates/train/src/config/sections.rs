@@ -18,6 +18,10 @@ pub struct RunConfig {
     /// Seed of the initial weights and of the order of the data.
     #[serde(default)]
     pub seed: u64,
+    /// A step whose operations are timed on a GPU: where its time goes is written to
+    /// `profile.rank<i>.txt` in `dir`. Default: none is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile_step: Option<u64>,
 }
 
 /// What computes.

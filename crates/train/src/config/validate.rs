@@ -7,8 +7,8 @@ use ttt_model::params::all_params;
 
 use super::sections::{decay_fraction, min_lr_ratio};
 use super::{
-    Config, DataConfig, EvalConfig, LrOverride, OptimizerConfig, ScheduleKind, TrainConfig,
-    parallel,
+    Config, DataConfig, DeviceKind, EvalConfig, LrOverride, OptimizerConfig, ScheduleKind,
+    TrainConfig, parallel,
 };
 
 /// A key and a sentence about it.
@@ -37,6 +37,21 @@ pub(super) fn validate(config: &Config) -> Checked {
             "run.seed",
             "must be below 2^63, the largest number TOML knows",
         )?;
+    }
+    if let Some(step) = config.run.profile_step {
+        if config.run.device == DeviceKind::Cpu {
+            refuse(
+                "run.profile_step",
+                "times operations of a GPU: leave it out where run.device is \"cpu\"",
+            )?;
+        }
+        if step >= config.train.steps {
+            let last = config.train.steps.saturating_sub(1);
+            refuse(
+                "run.profile_step",
+                format!("there is no step {step}: the last is {last}"),
+            )?;
+        }
     }
     config.model.validate().map_err(|error| Problem {
         key: format!("model.{}", error.key),
