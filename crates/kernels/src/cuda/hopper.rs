@@ -137,7 +137,7 @@ impl Context<'_> {
 
     /// Queries, keys and values `[T, S]` into `out`, those of the first `turned` heads rotated by the angles
     /// of their tokens: x `w`ᵀ with x `[T, D]`, w `[S, D]`; cosine and sine `[N, E/2]` f32, E being
-    /// [`ROTATED_HEAD`]; T a multiple of N. Returns whether there is a kernel for them; else nothing was done.
+    /// `ROTATED_HEAD`; T a multiple of N. Returns whether there is a kernel for them; else nothing was done.
     pub fn rotated_product(
         &mut self,
         x: Matrix,

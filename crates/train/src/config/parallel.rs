@@ -31,8 +31,8 @@ pub struct ParallelConfig {
     /// What travels for attention without a window.
     pub context_attention: AttentionExchange,
     /// Seconds of silence, or without a move (at least four times the longest time between two moves so far;
-    /// ten times as long in a declared task such as saving), after which a rank is given up and all others
-    /// end. A rank moves several times per block.
+    /// ten times as long in a declared task such as saving, while its process computes, reads or writes),
+    /// after which a rank is given up and all others end. A rank moves several times per block.
     pub timeout_s: u64,
 }
 
