@@ -1,7 +1,7 @@
 //! Signs that a process is at work although its main thread comes to no new place: in a long task.
 //!
-//! Whatever takes long there computes (kernels that are compiled, values that are drawn) or moves bytes (a
-//! checkpoint). A process that does neither waits for something that may never come.
+//! Whatever takes long there computes (kernels that are compiled, values that are drawn) or moves bytes to or
+//! from a disk (a checkpoint). A process that does neither waits for something that may never come.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ const LEAST: f64 = 0.05;
 pub(super) struct Done {
     /// Time in which its threads computed.
     pub computed: Duration,
-    /// Bytes read and written by it.
+    /// Bytes that it moved from and to disks. Those of its connections are none: heartbeats go on for ever.
     pub moved: u64,
     /// A thread of it waits for a disk now: such a wait shows in nothing else.
     pub disk: bool,
@@ -41,8 +41,7 @@ impl Done {
         let mut states = own.tasks().ok()?.flatten().flat_map(|task| task.stat());
         Some(Self {
             computed: Duration::from_secs_f64(ticks),
-            // What came from a network file system, or from another process by a pipe, counts too.
-            moved: (io.rchar + io.wchar).wrapping_add(io.read_bytes + io.write_bytes),
+            moved: io.read_bytes + io.write_bytes,
             disk: states.any(|stat| stat.state().is_ok_and(|state| state == ProcState::Waiting)),
         })
     }
@@ -125,7 +124,7 @@ mod tests {
         );
     }
 
-    /// The process of this test, in fact: while it computes, and while it reads.
+    /// The process of this test, in fact, while it computes.
     #[cfg(target_os = "linux")]
     #[test]
     fn this_process_is_seen() {
@@ -142,12 +141,6 @@ mod tests {
         assert!(
             done.computed - begun.computed >= long / 4,
             "{begun:?} {done:?}"
-        );
-        let text = std::fs::read("/proc/self/maps").expect("a file");
-        let read = Done::seen().expect("/proc");
-        assert!(
-            read.moved >= done.moved + text.len() as u64,
-            "{done:?} {read:?}"
         );
     }
 }
