@@ -150,8 +150,6 @@ struct Clock {
     moves: u64,
     around: Around,
     still: Duration,
-    /// How long neither that nor any work was seen.
-    idle: Duration,
     /// Whether the time since the last move tells how long this rank takes by itself.
     tells: bool,
     /// The longest such time.
@@ -165,17 +163,17 @@ impl Clock {
             moves: 0,
             around: Around::default(),
             still: Duration::ZERO,
-            idle: Duration::ZERO,
             tells: true,
             slowest: Duration::ZERO,
         }
     }
 
-    /// Looks again after `passed`, and whether the process `works`; how far beyond the limit the clock is.
+    /// Looks again after `passed`; for how long the process has been `idle`. How far beyond the limit the clock
+    /// is.
     fn look(
         &mut self,
         seen: &Seen,
-        works: bool,
+        idle: Duration,
         around: &Around,
         passed: Duration,
     ) -> Option<Duration> {
@@ -192,27 +190,26 @@ impl Clock {
             if self.tells {
                 self.slowest = self.slowest.max(self.still);
             }
-            (self.still, self.idle) = (Duration::ZERO, Duration::ZERO);
+            self.still = Duration::ZERO;
             self.tells = true;
             return None;
         }
         self.tells &= patience <= Patience::First && !around.device_waits;
         // More than two looks apart, this process was stopped, or starved.
-        let passed = passed.min(2 * self.between());
-        self.still += passed;
-        // Who waits for a device computes, too, or seems to.
-        self.idle = match (works && !seen.device) || around.device_waits {
-            true => Duration::ZERO,
-            false => self.idle + passed,
-        };
+        self.still += passed.min(2 * self.between());
         let least = match patience {
             Patience::Usual => self.deadline,
             _ => LONGER * self.deadline,
         };
-        let beyond = self.still.checked_sub(least.max(SLOWER * self.slowest));
-        let idle = self
-            .idle
-            .checked_sub(self.deadline.max(SLOWER * self.slowest));
+        let idle = match (around.device_waits, seen.device) {
+            (true, _) => Duration::ZERO,
+            // Who waits for a device computes, too, or seems to.
+            (false, true) => self.still,
+            (false, false) => idle.min(self.still),
+        };
+        let usual = SLOWER * self.slowest;
+        let beyond = self.still.checked_sub(least.max(usual));
+        let idle = idle.checked_sub(self.deadline.max(usual));
         beyond.max(idle)
     }
 
@@ -242,8 +239,8 @@ impl Watched {
             let (marks, left) = (self.device.marks)();
             self.activity.marks(marks, left);
             let (seen, around) = (self.activity.look(), self.around());
-            let works = life.works(Done::seen(), passed);
-            if let Some(beyond) = clock.look(&seen, works, &around, passed) {
+            let idle = life.idle(Done::seen(), passed);
+            if let Some(beyond) = clock.look(&seen, idle, &around, passed) {
                 if around.device_waits && beyond < FIRST.max(2 * clock.between()) {
                     continue;
                 }

@@ -53,28 +53,33 @@ impl Done {
     }
 }
 
-/// Whether this process is at work, as it was seen last.
+/// How long this process has not been at work.
 #[derive(Debug, Default)]
 pub(super) struct Life {
     before: Done,
     looks: u32,
     passed: Duration,
-    idle: bool,
+    idle: Duration,
 }
 
 impl Life {
-    /// Looks again, `passed` after the look before: what is `done` by now. Where that cannot be seen, the
-    /// process is taken to be at work.
-    pub fn works(&mut self, done: Option<Done>, passed: Duration) -> bool {
-        let Some(done) = done else { return true };
+    /// Looks again, `passed` after the look before: what is `done` by now. How long the process has not been
+    /// at work, from the end of the looks in which it was; where that cannot be seen, it is taken to be.
+    pub fn idle(&mut self, done: Option<Done>, passed: Duration) -> Duration {
+        let Some(done) = done else {
+            return Duration::ZERO;
+        };
         self.looks += 1;
         self.passed += passed;
         if self.looks == TOGETHER {
-            self.idle = !done.works(&self.before, self.passed);
+            self.idle = match done.works(&self.before, self.passed) {
+                true => Duration::ZERO,
+                false => self.idle + self.passed,
+            };
             self.before = done;
             (self.looks, self.passed) = (0, Duration::ZERO);
         }
-        !self.idle
+        self.idle
     }
 }
 
@@ -84,16 +89,13 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// Of so many windows of looks a second apart, in which of them the process works that `does` so much
-    /// in a second.
-    fn windows(does: impl Fn(u32) -> Done) -> Vec<bool> {
+    /// After each of four times [`TOGETHER`] looks a second apart, the seconds for which the process did not
+    /// work that had done so much by each second.
+    fn idle(done: impl Fn(u32) -> Done) -> [u64; 4] {
         let mut life = Life::default();
-        let looks = (1..=4 * TOGETHER).map(|second| life.works(Some(does(second)), SECOND));
-        let looks: Vec<bool> = looks.collect();
-        looks
-            .chunks(TOGETHER as usize)
-            .map(|window| window[TOGETHER as usize - 1])
-            .collect()
+        let looks = (1..=4 * TOGETHER).map(|second| life.idle(Some(done(second)), SECOND));
+        let looks: Vec<Duration> = looks.collect();
+        std::array::from_fn(|i| looks[(i + 1) * TOGETHER as usize - 1].as_secs())
     }
 
     #[test]
@@ -104,24 +106,22 @@ mod tests {
                 ..Done::default()
             }
         };
-        assert_eq!(windows(computed(100)), [true; 4]);
-        assert_eq!(windows(computed(6)), [true; 4]);
-        assert_eq!(windows(computed(4)), [false; 4]);
+        assert_eq!(idle(computed(100)), [0; 4]);
+        assert_eq!(idle(computed(6)), [0; 4]);
+        assert_eq!(idle(computed(4)), [5, 10, 15, 20]);
         let moves = |second: u32| Done {
             moved: u64::from(second.min(TOGETHER + 1)),
             ..Done::default()
         };
-        assert_eq!(windows(moves), [true, true, false, false]);
+        assert_eq!(idle(moves), [0, 0, 5, 10]);
         let disk = |second: u32| Done {
             disk: second > 2 * TOGETHER,
             ..Done::default()
         };
-        assert_eq!(windows(disk), [false, false, true, true]);
+        assert_eq!(idle(disk), [5, 10, 0, 0]);
         let mut life = Life::default();
-        assert!(
-            (0..20).all(|_| life.works(None, SECOND)),
-            "what is not seen"
-        );
+        let unseen = (0..20).map(|_| life.idle(None, SECOND)).max();
+        assert_eq!(unseen, Some(Duration::ZERO));
     }
 
     /// The process of this test, in fact, while it computes.

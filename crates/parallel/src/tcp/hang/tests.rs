@@ -18,7 +18,12 @@ fn ends(
 ) -> Option<u32> {
     (1..=1000).find(|&look| {
         let around = each(look);
-        let beyond = clock.look(&activity.look(), true, &around, Duration::from_secs(1));
+        let beyond = clock.look(
+            &activity.look(),
+            Duration::ZERO,
+            &around,
+            Duration::from_secs(1),
+        );
         beyond.is_some()
     })
 }
@@ -123,9 +128,10 @@ fn a_long_task_is_one_of_a_process_at_work() {
             ..ALONE
         };
         let mut clock = Clock::new(DEADLINE);
-        let end_seen = (1..=1000).find(|&look| {
-            let (seen, works) = (activity.look(), look <= works_until);
-            let beyond = clock.look(&seen, works, &around, Duration::from_secs(1));
+        let end_seen = (1..=1000_u32).find(|&look| {
+            let idle = Duration::from_secs(u64::from(look.saturating_sub(works_until)));
+            let seen = activity.look();
+            let beyond = clock.look(&seen, idle, &around, Duration::from_secs(1));
             beyond.is_some()
         });
         assert_eq!(end_seen, end, "{works_until} {left} {device_waits}");
@@ -193,7 +199,10 @@ fn who_was_stopped_has_not_aged() {
     let activity = Activity::default();
     let mut clock = Clock::new(DEADLINE);
     let hour = Duration::from_secs(3600);
-    assert_eq!(clock.look(&activity.look(), true, &ALONE, hour), None);
+    assert_eq!(
+        clock.look(&activity.look(), Duration::ZERO, &ALONE, hour),
+        None
+    );
     assert_eq!(clock.still, Duration::from_secs(2));
 }
 
