@@ -117,8 +117,9 @@ fn a_long_task_is_one_of_a_process_at_work() {
         (0, 0, false, Some(21)),
         (100, 0, false, Some(120)),
         (1000, 0, false, Some(201)),
-        (1000, 1, false, Some(21)),
-        (0, 1, true, Some(201)),
+        // The task's beginning is no move of the device.
+        (1000, 1, false, Some(20)),
+        (0, 1, true, Some(200)),
     ] {
         let activity = Activity::default();
         let _task = activity.long("saving");
