@@ -219,6 +219,11 @@ fn train_on(
         rank: ranks.rank(),
         device: &device,
     };
+    if let Some(step) = config.run.profile_step.filter(|&step| step < begin) {
+        report.note(&format!(
+            "nothing is timed: run.profile_step = {step} is before step {begin}, where this run goes on"
+        ));
+    }
     ranks.started();
     while at.step < steps {
         let step = at.step;

@@ -258,6 +258,7 @@ fn impossible_combinations_are_refused_with_a_remedy() {
             "at least 1",
         ),
         ("train.steps=0", "train.steps", "at least 1"),
+        ("run.profile_step=3", "run.profile_step", "of a GPU"),
         ("train.spike_factor=1.0", "train.spike_factor", "above 1"),
         (
             "train.batch_tokens=9000000000000000000",
@@ -402,6 +403,10 @@ fn impossible_combinations_are_refused_with_a_remedy() {
             .to_string()
             .contains("must be above 0 where eval.every")
     );
+    let timed = |step: &str| parse(GOOD, &["run.device=cuda", step]);
+    assert!(timed("run.profile_step=99").is_ok());
+    let error = timed("run.profile_step=100").unwrap_err().to_string();
+    assert!(error.contains("the last is 99"), "{error}");
 }
 
 /// A choice that would change nothing is a mistake; the same choice where it counts is none.
