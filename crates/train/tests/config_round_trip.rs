@@ -332,8 +332,8 @@ proptest! {
     #[test]
     fn no_value_panics(
         key in prop::sample::select(vec![
-            "run", "run.seed", "run.profile_step", "model.rope_scaling", "model.layer_types", "model.ttt.layers", "train.steps",
-            "train.batch_tokens", "train.sequence_length", "optimizer.decay_fraction", "data.sources",
+            "run", "run.seed", "run.profile_step", "model.rope_scaling", "model.layer_types", "model.ttt.layers",
+            "train.steps", "train.batch_tokens", "train.sequence_length", "optimizer.decay_fraction", "data.sources",
             "data.shard_tokens", "eval", "model.ttt", "optimizer.lr", "parallel", "parallel.replicate",
             "parallel.shard", "parallel.context", "parallel.context_states", "parallel.timeout_s",
         ]),

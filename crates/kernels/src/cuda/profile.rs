@@ -117,7 +117,7 @@ thread_local! {
 }
 
 /// Calls `issue`, between two events of `stream`, Burn's, while a profile is taken. `describe` names the
-/// operation and what it does.
+/// operation and what it does, which exchanges under way hear of, too.
 pub(super) fn timed(
     stream: CUstream,
     describe: impl Fn() -> (String, Option<Work>),
@@ -179,9 +179,10 @@ impl Recording {
     pub fn begin(device: &Device) -> Option<Result<Self, String>> {
         let probe = Buffer::probe(device)?;
         let begun = on_thread(&probe, |stream| {
+            let from = record(stream)?;
             RECORDS.with_borrow_mut(Vec::clear);
             ON.store(true, Ordering::Relaxed);
-            Ok(record(stream)? as usize)
+            Ok(from as usize)
         });
         Some(begun.map(|from| Self { probe, from }))
     }

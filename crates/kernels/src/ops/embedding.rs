@@ -47,7 +47,7 @@ impl Function<1> for Embedding {
         }
     }
 
-    /// A token's rows are summed in f32, in token order.
+    /// The gradients of a row's tokens are summed in f32, in the same order each time.
     fn backward(self, (shape, dtype): Self::Saved, dy: Value, _: [bool; 1]) -> [Option<Value>; 1] {
         let dy = dy.tensor::<2>();
         #[cfg(feature = "cuda")]

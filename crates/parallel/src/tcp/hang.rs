@@ -239,7 +239,7 @@ impl Watched {
             let (marks, left) = (self.device.marks)();
             self.activity.marks(marks, left);
             let (seen, around) = (self.activity.look(), self.around());
-            let idle = life.idle(Done::seen(), passed);
+            let idle = life.idle(Done::seen, passed);
             if let Some(beyond) = clock.look(&seen, idle, &around, passed) {
                 if around.device_waits && beyond < FIRST.max(2 * clock.between()) {
                     continue;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 /// Looks that are taken together: the clock of a process moves in hundredths of a second.
 const TOGETHER: u32 = 5;
-/// Of the time what a process at work computes at least, all threads together. One that
-/// waits looks at itself and sends heartbeats: less than a hundredth of this.
+/// Of the time what a process at work computes at least, all threads together. One that waits looks at itself
+/// and sends heartbeats, which is far less.
 const LEAST: f64 = 0.05;
 
 /// What a process has done so far.
@@ -63,20 +63,19 @@ pub(super) struct Life {
 }
 
 impl Life {
-    /// Looks again, `passed` after the look before: what is `done` by now. How long the process has not been
-    /// at work, from the end of the looks in which it was; where that cannot be seen, it is taken to be.
-    pub fn idle(&mut self, done: Option<Done>, passed: Duration) -> Duration {
-        let Some(done) = done else {
-            return Duration::ZERO;
-        };
+    /// Looks again, `passed` after the look before, at what is `done` by now if it is time to. How long the
+    /// process has not been at work, from the end of the looks in which it was; where that cannot be seen, it
+    /// is taken to be.
+    pub fn idle(&mut self, done: impl FnOnce() -> Option<Done>, passed: Duration) -> Duration {
         self.looks += 1;
         self.passed += passed;
         if self.looks == TOGETHER {
-            self.idle = match done.works(&self.before, self.passed) {
-                true => Duration::ZERO,
-                false => self.idle + self.passed,
+            let seen = done();
+            self.idle = match &seen {
+                Some(done) if !done.works(&self.before, self.passed) => self.idle + self.passed,
+                _ => Duration::ZERO,
             };
-            self.before = done;
+            self.before = seen.unwrap_or_default();
             (self.looks, self.passed) = (0, Duration::ZERO);
         }
         self.idle
@@ -93,7 +92,7 @@ mod tests {
     /// work that had done so much by each second.
     fn idle(done: impl Fn(u32) -> Done) -> [u64; 4] {
         let mut life = Life::default();
-        let looks = (1..=4 * TOGETHER).map(|second| life.idle(Some(done(second)), SECOND));
+        let looks = (1..=4 * TOGETHER).map(|second| life.idle(|| Some(done(second)), SECOND));
         let looks: Vec<Duration> = looks.collect();
         std::array::from_fn(|i| looks[(i + 1) * TOGETHER as usize - 1].as_secs())
     }
@@ -120,7 +119,7 @@ mod tests {
         };
         assert_eq!(idle(disk), [5, 10, 0, 0]);
         let mut life = Life::default();
-        let unseen = (0..20).map(|_| life.idle(None, SECOND)).max();
+        let unseen = (0..20).map(|_| life.idle(|| None, SECOND)).max();
         assert_eq!(unseen, Some(Duration::ZERO));
     }
 
