@@ -7,20 +7,21 @@
 //! same terms again where a group holds its documents whole, and meets the weights of the forward pass to
 //! the bit; of a document in several groups it peels them off the last state, up to f32 rounding.
 
-use std::ops::Range;
-
 use burn::tensor::{DType, Tensor};
 
 use super::gemm::Matrix;
 use super::norm::sum_partials;
-use super::stream::{Arg, Buffer, Context, on_stream};
+use super::stream::{Arg, Buffer, Context};
 use crate::packing::{Piece, Write};
 use crate::work::Work;
 
+mod ahead;
 mod backward;
 mod forward;
 mod selection;
 
+use ahead::Ahead;
+pub use ahead::spend_ahead;
 pub use backward::{Backward, Kept};
 pub use forward::Forward;
 pub use selection::leave_out_always;
@@ -150,6 +151,14 @@ fn groups(pieces: &[Piece], slots: usize) -> Vec<Group<'_>> {
         rest = left;
     }
     all
+}
+
+/// The first group with a piece of the row's last document.
+fn open_at(all: &[Group]) -> usize {
+    let last = all.last().map(|group| group.last().document_start);
+    let begin = last.unwrap_or(0);
+    let before = all.iter().take_while(|g| g.last().range.end <= begin);
+    before.count()
 }
 
 /// Extents of one scan.
@@ -315,25 +324,6 @@ impl<'a> Pass<'a> {
             count => sum_partials(cx, squares, partial, self.s.blocks(), count),
         }
     }
-
-    /// The group's VᵀZ from the slab on into `state`.
-    fn state(
-        &self,
-        cx: &mut Context,
-        group: &Group,
-        (slab, state): (u64, u64),
-    ) -> Result<(), String> {
-        let args = [
-            Arg::Ptr(slab),
-            Arg::Ptr(state),
-            Arg::Int(group.pieces.len() as i32),
-            Arg::Bits(group.adds()),
-            Arg::Bits(group.replaces()),
-            Arg::Size(self.s.elements() as u64),
-        ];
-        cx.doing(self.s.moves(group.writes().count_ones(), 2))
-            .launch("scan_state", self.s.grid(), 256, &args)
-    }
 }
 
 /// `a` `b` + `beta` `c` into `c` for the pieces of `runs`.
@@ -347,25 +337,6 @@ fn products(
         cx.gemm(run.of(a), run.of(b), run.of(c), 1.0, beta)?;
     }
     Ok(())
-}
-
-/// aᵀ b of the tokens `range` of row `row`, f32: a `[B, N, D]`, b `[B, N, F]` bf16 → `[D, F]`.
-pub fn outer(a: &Tensor<3>, b: &Tensor<3>, row: usize, range: Range<usize>) -> Option<Tensor<2>> {
-    let (length, d, f) = (a.dims()[1], a.dims()[2], b.dims()[2]);
-    let (a, b) = (Buffer::of(a)?, Buffer::of(b)?);
-    if a.dtype() != DType::BF16 || b.dtype() != DType::BF16 || range.is_empty() {
-        return None;
-    }
-    let sum = a.empty([d, f], DType::F32);
-    on_stream(&[&a, &b], &[&sum], |cx, from, to| {
-        let tokens = |at: u64, width: usize| {
-            let first = (row * length + range.start) * width * 2;
-            Matrix::new(at + first as u64, range.len(), width, DType::BF16)
-        };
-        let sum = Matrix::new(to[0], d, f, DType::F32);
-        cx.gemm(tokens(from[0], d).t(), tokens(from[1], f), sum, 1.0, 0.0)
-    });
-    Some(sum.tensor())
 }
 
 /// Which of the addresses from `at` on is each row's.

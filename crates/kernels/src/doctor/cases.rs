@@ -136,7 +136,7 @@ pub fn all() -> Vec<Op> {
     };
     let inputs = [(2 * 300 * 136, 1.0), (136 * 5, 1.0)];
     all.push(op("convolution, several blocks", &inputs, ROUNDED, run));
-    all.extend([16, 2].map(shared_scan_case));
+    all.extend([16, 2].map(|chunk| shared_scan_case("", chunk)));
     all.push(shared_attention_case("window 80", Some(80), 2));
     all.push(shared_attention_case("keys travel", None, 2));
     all.push(shared_attention_case("heads travel", None, 3));
@@ -252,7 +252,7 @@ pub(super) fn scan_case(name: &str, packing: &Packing, chunk: usize) -> Op {
 
 /// A rank in the middle of three: in its first row a document ends that an earlier rank began, and one
 /// begins that a later rank ends; its second row is one document; none of its third crosses an edge.
-fn shared_scan_case(chunk: usize) -> Op {
+fn shared_scan_case(note: &str, chunk: usize) -> Op {
     let starts = vec![vec![0, 60, 100, 200], vec![0], vec![0, 80, 160]];
     let whole = Packing::new(240, starts).unwrap_or_else(|_| Packing::whole_rows(3, 240));
     let run = move |x: &[Tensor<1>]| {
@@ -271,11 +271,16 @@ fn shared_scan_case(chunk: usize) -> Op {
     };
     let inputs = [(3 * 80 * 48, 1.0), (3 * 80 * 40, 0.1), (40 * 48, 0.3)];
     op(
-        &format!("TTT scan of a part of rows, chunk {chunk}"),
+        &format!("TTT scan of a part of rows, chunk {chunk}{note}"),
         &inputs,
         CHAIN,
         run,
     )
+}
+
+/// For a scan that may make few products before their turn: of two groups of pieces one has a place.
+pub fn few_places() -> (usize, Op) {
+    (33 * 40 * 48 * 2, shared_scan_case(", few places", 2))
 }
 
 fn embedding_case(name: &str, (vocab, width): (usize, usize), ids: Vec<i64>) -> Op {

@@ -35,6 +35,10 @@ pub fn check(device: &Device, mut report: impl FnMut(&Comparison)) -> bool {
         tell(compare(&case, device));
     }
     leave_out_always(false);
+    let (bytes, case) = cases::few_places();
+    spend_ahead(Some(bytes));
+    tell(compare(&case, device));
+    spend_ahead(None);
     tell(optimizer::all(device));
     deterministic::set(true);
     for case in cases::attentions() {
@@ -54,6 +58,13 @@ pub fn check(device: &Device, mut report: impl FnMut(&Comparison)) -> bool {
 fn leave_out_always(on: bool) {
     #[cfg(feature = "cuda")]
     crate::cuda::ttt::leave_out_always(on);
+}
+
+/// See `spend_ahead` of the CUDA scan.
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
+fn spend_ahead(bytes: Option<usize>) {
+    #[cfg(feature = "cuda")]
+    crate::cuda::ttt::spend_ahead(bytes);
 }
 
 #[cfg(test)]

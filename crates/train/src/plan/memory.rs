@@ -31,6 +31,9 @@ const FUSED_LOGITS_SLICE: f64 = (1u64 << 27) as f64;
 /// Bytes of the weights that the fused scan of a TTT layer makes at a time, at least one.
 const WEIGHTS_SLAB: f64 = (256u64 << 20) as f64;
 
+/// Most bytes of products that it makes before their turn, where ranks share rows.
+const PRODUCTS_AHEAD: f64 = (2u64 << 30) as f64;
+
 /// Queries of a tile of the CPU's attention.
 const ATTENTION_TILE: usize = 256;
 
@@ -330,7 +333,14 @@ impl<'a> Sizes<'a> {
         match self.layout.context == 1 && chunks <= slots {
             true if rows * chunks <= slots => (layers as f64 + 1.0) * slab(rows * chunks),
             true => 2.0 * slab(slots),
-            false => layers as f64 * states + 2.0 * F32 * elements + 2.0 * slab(slots.min(chunks)),
+            false => {
+                let ahead = match self.layout.context {
+                    1 => 0.0,
+                    _ => slab(rows * chunks).min(PRODUCTS_AHEAD),
+                };
+                let slabs = 2.0 * slab(slots.min(chunks));
+                layers as f64 * states + 2.0 * F32 * elements + slabs + ahead
+            }
         }
     }
 

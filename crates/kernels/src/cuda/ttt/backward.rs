@@ -4,8 +4,11 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 
+use super::ahead::gather;
 use super::selection::covered;
-use super::{Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs, matrices};
+use super::{
+    Ahead, Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs, matrices, open_at,
+};
 use crate::cuda::hopper::learned_fits;
 use crate::cuda::stream::{Buffer, on_stream};
 use crate::ops::ttt::Gradients;
@@ -51,7 +54,9 @@ pub struct Backward<'a> {
     pair: Option<[Buffer; 2]>,
     /// dW0 holds a sum.
     begun: bool,
-    /// The slabs hold the products of the group that is next.
+    /// dOᵀZ that are made before their group's turn.
+    ahead: Ahead,
+    /// The slab holds VᵀZ of the group that is next.
     filled: bool,
 }
 
@@ -101,7 +106,9 @@ impl<'a> Backward<'a> {
         // Copied before it is peeled: the tape may still hold the kept state.
         let last = kept.last.iter_mut();
         let last = last.map(|state| state.take().and_then(|t| Buffer::of(&t)));
+        let of_rows: Vec<&[Group]> = rows.iter().map(|all| &all[..]).collect();
         Some(Self {
+            ahead: Ahead::new(&i.z, s, &of_rows, true),
             dw0: i.z.empty([s.d, s.f], DType::F32),
             sums: slab(),
             rows,
@@ -127,6 +134,37 @@ impl<'a> Backward<'a> {
         self
     }
 
+    /// Σ dOᵀZ over the pieces of the row's document that began before it, all of which read what arrived:
+    /// `[D, F]` f32, the very sum that goes back to the piece before them.
+    pub fn read(&mut self, row: usize) -> Tensor<2> {
+        let s = &self.i.sizes;
+        let all = &self.rows[row];
+        let carried = all.iter().take_while(|group| group.last().carried).count();
+        let sum = self.i.z.empty([s.d, s.f], DType::F32);
+        let mut writes = vec![&sum, &self.sums];
+        writes.extend(self.ahead.buffer());
+        let (i, lr, ahead) = (&self.i, self.shape.lr, &self.ahead);
+        let reads = [&i.z, &i.v, &i.w0, &self.dy];
+        on_stream(&reads, &writes, |cx, from, to| {
+            let pass = Pass::new(i, from, lr);
+            cx.zero(to[0], 4 * s.elements())?;
+            for at in (0..carried).rev() {
+                let (group, buffer) = (&all[at], to.get(2).copied().unwrap_or(0));
+                let sums = ahead.address(s, (row, at), buffer, to[1]);
+                let products = Products {
+                    pass: &pass,
+                    dy: from[3],
+                    slabs: (0, sums),
+                };
+                products.gradients(cx, row, group)?;
+                gather(cx, s, group, (sums, to[0]), (group.mask(|_| true), 0))?;
+            }
+            Ok(())
+        });
+        (0..carried).for_each(|at| self.ahead.fill(row, at));
+        sum.tensor()
+    }
+
     /// All of it; the documents that end here while the gradients of the others' fast weights are on
     /// their way.
     pub fn run(mut self, mut exchange: Exchange) -> Gradients {
@@ -150,7 +188,7 @@ impl<'a> Backward<'a> {
             exchange.pass_on();
             self.walk(&own, &dz, &vec![None; self.rows.len()]);
         }
-        self.fill(open.first(), &mut exchange);
+        self.fill(&open, &mut exchange);
         let returned = exchange.finish();
         if !open.is_empty() {
             self.walk(&open, &dz, &arrived(&returned));
@@ -182,32 +220,50 @@ impl<'a> Backward<'a> {
         z.empty([tokens.max().unwrap_or(1), s.f], DType::BF16)
     }
 
-    /// The products of the first group that needs what returns, some before what others wait for is
-    /// passed on, some after it.
-    fn fill(&mut self, job: Option<&Job>, exchange: &mut Exchange) {
-        // Of a group that needs what returns, no weights were kept.
-        let (Some(job), Weights::Slab(weights)) = (job, &self.weights) else {
-            return;
-        };
-        let group = &self.rows[job.row][job.groups.end - 1];
+    /// Products of groups that need what returns: VᵀZ of the first before what others wait for is passed on,
+    /// dOᵀZ of as many as have places after it.
+    fn fill(&mut self, jobs: &[Job], exchange: &mut Exchange) {
         let (i, lr) = (&self.i, self.shape.lr);
         let reads = [&i.z, &i.v, &i.w0, &self.dy];
-        for of_updates in [true, false] {
-            on_stream(&reads, &[weights, &self.sums], |cx, from, to| {
+        // Of a group that needs what returns, no weights were kept.
+        if let (Some(job), Weights::Slab(weights)) = (jobs.first(), &self.weights) {
+            let group = &self.rows[job.row][job.groups.end - 1];
+            on_stream(&reads, &[weights], |cx, from, to| {
                 let pass = Pass::new(i, from, lr);
+                let slabs = (to[0], 0);
+                let dy = from[3];
                 let products = Products {
                     pass: &pass,
-                    dy: from[3],
-                    slabs: (to[0], to[1]),
+                    dy,
+                    slabs,
                 };
-                match of_updates {
-                    true => products.updates(cx, job.row, group),
-                    false => products.gradients(cx, job.row, group),
-                }
+                products.updates(cx, job.row, group)
             });
-            exchange.pass_on();
+            self.filled = true;
         }
-        self.filled = true;
+        exchange.pass_on();
+        let all = jobs
+            .iter()
+            .flat_map(|job| job.groups.clone().rev().map(|at| (job.row, at)));
+        let waiting: Vec<_> = all.filter(|&(row, at)| self.ahead.waits(row, at)).collect();
+        if let (Some(buffer), false) = (self.ahead.buffer(), waiting.is_empty()) {
+            on_stream(&reads, &[buffer], |cx, from, to| {
+                let pass = Pass::new(i, from, lr);
+                for &(row, at) in &waiting {
+                    let sums = self.ahead.address(&i.sizes, (row, at), to[0], 0);
+                    let products = Products {
+                        pass: &pass,
+                        dy: from[3],
+                        slabs: (0, sums),
+                    };
+                    products.gradients(cx, row, &self.rows[row][at])?;
+                }
+                Ok(())
+            });
+        }
+        for (row, at) in waiting {
+            self.ahead.fill(row, at);
+        }
     }
 
     /// The groups of `jobs`, backwards; for each row, G at its end.
@@ -240,7 +296,9 @@ impl<'a> Backward<'a> {
         };
         reads.extend(pair.iter().map(|[values, _]| values));
         writes.extend(pair.iter().map(|[_, gradients]| gradients));
-        let rows = &self.rows;
+        let places = writes.len();
+        writes.extend(self.ahead.buffer());
+        let (rows, ahead) = (&self.rows, &self.ahead);
         let mut begun = std::mem::replace(&mut self.begun, true);
         let mut filled = std::mem::take(&mut self.filled);
         on_stream(&reads, &writes, |cx, from, to| {
@@ -255,11 +313,7 @@ impl<'a> Backward<'a> {
                 false => (from[at], to[7]),
             });
             let pass = Pass::new(i, from, lr);
-            let products = Products {
-                pass: &pass,
-                dy,
-                slabs: (weights, sums),
-            };
+            let places = to.get(places).copied().unwrap_or(0);
             for job in jobs {
                 let row = job.row;
                 let all = &rows[row];
@@ -273,6 +327,12 @@ impl<'a> Backward<'a> {
                 }
                 for at in job.groups.clone().rev() {
                     let group = &all[at];
+                    let sums = ahead.address(s, (row, at), places, sums);
+                    let products = Products {
+                        pass: &pass,
+                        dy,
+                        slabs: (weights, sums),
+                    };
                     if group.ends_document() && !group.whole && !has_state {
                         // An earlier document of the row: its state was not kept, so sum it again.
                         let start = group.last().document_start;
@@ -282,16 +342,17 @@ impl<'a> Backward<'a> {
                         let of_document = |g: &&Group| g.last().range.end > start;
                         for earlier in all[..=at].iter().filter(of_document) {
                             pass.updates(cx, row, earlier, weights, earlier.writes())?;
-                            pass.state(cx, earlier, (weights, state))?;
+                            let which = (earlier.adds(), earlier.replaces());
+                            gather(cx, s, earlier, (weights, state), which)?;
                         }
                         has_state = true;
                     }
                     let (gets, keeps) = receivers(group, &mut has_later);
                     has_state &= group.pieces.iter().all(|piece| piece.reads);
-                    if !std::mem::take(&mut filled) {
-                        if !known {
-                            products.updates(cx, row, group)?;
-                        }
+                    if !std::mem::take(&mut filled) && !known {
+                        products.updates(cx, row, group)?;
+                    }
+                    if !ahead.is_filled(row, at) {
                         products.gradients(cx, row, group)?;
                     }
                     let taken = products.taken(cx, row, group, gets)?;
@@ -329,12 +390,4 @@ fn receivers(group: &Group, has_later: &mut bool) -> (u32, u32) {
         *has_later = piece.reads;
     }
     (gets, keeps)
-}
-
-/// The first group with a piece of the row's last document.
-fn open_at(all: &[Group]) -> usize {
-    let last = all.last().map(|group| group.last().document_start);
-    let begin = last.unwrap_or(0);
-    let before = all.iter().take_while(|g| g.last().range.end <= begin);
-    before.count()
 }

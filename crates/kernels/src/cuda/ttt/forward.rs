@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Tensor};
 
-use super::{Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs};
+use super::ahead::gather;
+use super::{Ahead, Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs, open_at};
 use crate::cuda::stream::{Arg, Buffer, on_stream};
 use crate::ops::ttt::Outcome;
 use crate::ops::ttt::carry::Exchange;
@@ -31,8 +32,8 @@ pub struct Forward<'a> {
     known: usize,
     partial: Buffer,
     norm: Buffer,
-    /// The slab holds the updates of the group that is next.
-    filled: bool,
+    /// Updates that are made before their group's turn.
+    ahead: Ahead,
 }
 
 /// Groups of a row that follow each other.
@@ -68,7 +69,9 @@ impl<'a> Forward<'a> {
         let both = |(all, carried): &(Vec<Group>, usize)| (1..all.len()).contains(carried);
         let all = shape.pieces.iter().flatten();
         let ends = all.filter(|p| p.reads && p.write == Write::Nothing).count();
+        let of_rows: Vec<&[Group]> = rows.iter().map(|(all, _)| &all[..]).collect();
         Some(Self {
+            ahead: Ahead::new(&i.z, s, &of_rows, false),
             output: i.v.empty(i.v.dims(), DType::BF16),
             slab: i.z.empty([most, s.d, s.f], DType::BF16),
             states: rows
@@ -81,11 +84,36 @@ impl<'a> Forward<'a> {
             known: 0,
             partial: i.z.empty([s.blocks(), most], DType::F32),
             norm: i.z.empty([1], DType::F32),
-            filled: false,
             rows,
             shape,
             i,
         })
+    }
+
+    /// What the row's last document has written here, VᵀZ over all of its pieces: `[D, F]` f32, the very sum
+    /// that its next piece would read.
+    pub fn written(&mut self, row: usize) -> Tensor<2> {
+        let s = &self.i.sizes;
+        let all = &self.rows[row].0;
+        let open = open_at(all)..all.len();
+        let sum = self.i.z.empty([s.d, s.f], DType::F32);
+        let mut writes = vec![&sum, &self.slab];
+        writes.extend(self.ahead.buffer());
+        let (i, lr, ahead) = (&self.i, self.shape.lr, &self.ahead);
+        on_stream(&[&i.z, &i.v, &i.w0], &writes, |cx, from, to| {
+            let pass = Pass::new(i, from, lr);
+            cx.zero(to[0], 4 * s.elements())?;
+            for at in open.clone() {
+                let (group, buffer) = (&all[at], to.get(2).copied().unwrap_or(0));
+                let slab = ahead.address(s, (row, at), buffer, to[1]);
+                pass.updates(cx, row, group, slab, group.writes())?;
+                let which = (group.adds(), group.replaces());
+                gather(cx, s, group, (slab, to[0]), which)?;
+            }
+            Ok(())
+        });
+        open.for_each(|at| self.ahead.fill(row, at));
+        sum.tensor()
     }
 
     /// All of it; the documents that began here while the states of the others are on their way.
@@ -107,7 +135,7 @@ impl<'a> Forward<'a> {
             exchange.pass_on();
             self.walk(&own, &vec![None; self.rows.len()]);
         }
-        self.fill(carried.first(), &mut exchange);
+        self.fill(&carried, &mut exchange);
         let sums = exchange.finish();
         if !carried.is_empty() {
             self.walk(&carried, &arrived(&sums));
@@ -131,28 +159,32 @@ impl<'a> Forward<'a> {
         }
     }
 
-    /// The updates of the first group that needs what arrives, half before what others wait for is passed
-    /// on, half after it.
-    fn fill(&mut self, job: Option<&Job>, exchange: &mut Exchange) {
-        let Some(job) = job else { return };
-        let group = &self.rows[job.row].0[job.groups.start];
-        let (i, lr, half) = (&self.i, self.shape.lr, group.pieces.len() / 2);
-        for part in [0..half, half..group.pieces.len()] {
-            let first = part.start;
-            let pieces = Group {
-                pieces: &group.pieces[part],
-                whole: false,
-            };
-            if !pieces.pieces.is_empty() {
-                on_stream(&[&i.z, &i.v, &i.w0], &[&self.slab], |cx, from, to| {
-                    let slab = to[0] + (2 * first * i.sizes.elements()) as u64;
+    /// The updates of the groups that need what arrives, as many as have places, some before what others wait
+    /// for is passed on, some after it.
+    fn fill(&mut self, jobs: &[Job], exchange: &mut Exchange) {
+        let all = jobs
+            .iter()
+            .flat_map(|job| job.groups.clone().map(|at| (job.row, at)));
+        let waiting: Vec<_> = all.filter(|&(row, at)| self.ahead.waits(row, at)).collect();
+        let (before, after) = waiting.split_at(waiting.len() / 2);
+        for part in [before, after] {
+            if let (Some(buffer), false) = (self.ahead.buffer(), part.is_empty()) {
+                let (i, lr, ahead) = (&self.i, self.shape.lr, &self.ahead);
+                on_stream(&[&i.z, &i.v, &i.w0], &[buffer], |cx, from, to| {
                     let pass = Pass::new(i, from, lr);
-                    pass.updates(cx, job.row, &pieces, slab, pieces.writes())
+                    for &(row, at) in part {
+                        let group = &self.rows[row].0[at];
+                        let place = ahead.address(&i.sizes, (row, at), to[0], 0);
+                        pass.updates(cx, row, group, place, group.writes())?;
+                    }
+                    Ok(())
                 });
             }
             exchange.pass_on();
         }
-        self.filled = true;
+        for (row, at) in waiting {
+            self.ahead.fill(row, at);
+        }
     }
 
     /// The groups of `jobs`; for each row, the state that it begins with.
@@ -165,7 +197,8 @@ impl<'a> Forward<'a> {
         let mut writes = vec![&self.output, &self.slab, &self.squares, &self.partial];
         writes.extend(&self.carried);
         writes.extend(self.states.iter().flatten());
-        let (rows, filled) = (&self.rows, std::mem::take(&mut self.filled));
+        writes.extend(self.ahead.buffer());
+        let (rows, ahead) = (&self.rows, &self.ahead);
         let (known, apart) = (self.known, self.carried.is_some());
         let ends = jobs.iter().map(|job| {
             let groups = rows[job.row].0[job.groups.clone()].iter();
@@ -180,10 +213,11 @@ impl<'a> Forward<'a> {
             let mut at = 3;
             let arriving = addresses(arriving, from, &mut at);
             let onto = onto.then(|| from[at]);
-            let states = addresses(states, to, &mut (4 + usize::from(apart)));
+            let mut at = 4 + usize::from(apart);
+            let states = addresses(states, to, &mut at);
+            let places = to.get(at).copied().unwrap_or(0);
             let pass = Pass::new(i, from, lr);
             let mut next = squares + 4 * (1 + known) as u64;
-            let mut filled = filled;
             for job in jobs {
                 let (all, carried) = &rows[job.row];
                 let others = job.groups.end < all.len() && apart;
@@ -194,8 +228,10 @@ impl<'a> Forward<'a> {
                 if let (true, Some(source)) = (job.groups.start < *carried, arriving[job.row]) {
                     cx.copy(state, source, 4 * s.elements())?;
                 }
-                for group in &all[job.groups.clone()] {
-                    if !std::mem::take(&mut filled) {
+                for at in job.groups.clone() {
+                    let group = &all[at];
+                    let slab = ahead.address(s, (job.row, at), places, slab);
+                    if !ahead.is_filled(job.row, at) {
                         pass.updates(cx, job.row, group, slab, group.writes())?;
                     }
                     let state = if group.whole { 0 } else { state };

@@ -73,7 +73,7 @@ impl<'a> Carry<'a> {
     }
 
     /// Begins to exchange the ranks' `own` sums. `own(row)` is asked for where another rank needs it.
-    pub fn start(self, own: impl Fn(usize) -> Tensor<2>) -> Exchange<'a> {
+    pub fn start(self, mut own: impl FnMut(usize) -> Tensor<2>) -> Exchange<'a> {
         let (rank, ranks) = (self.context.rank(), self.context.size());
         let all = 0..self.packing.rows().len();
         let crossing: Vec<usize> = all

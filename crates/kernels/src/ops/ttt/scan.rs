@@ -136,42 +136,30 @@ impl FastWeightScan {
         (0..rows).map(|row| self.pieces(row)).collect()
     }
 
-    /// Begins to exchange the states that rows begin with.
-    fn arriving(&self, z: &Tensor<3>, v: &Tensor<3>, w0: &Tensor<2>) -> Exchange<'_> {
+    /// Begins to exchange the states that rows begin with. `written(row)`: what the document that is open at the
+    /// end has written here.
+    fn arriving(
+        &self,
+        z: &Tensor<3>,
+        w0: &Tensor<2>,
+        written: impl FnMut(usize) -> Tensor<2>,
+    ) -> Exchange<'_> {
         let Some(context) = &self.spec.context else {
             return Exchange::none(z.dims()[0]);
-        };
-        // What the document that is open at the end has written here.
-        let written = |row: usize| {
-            let pieces = self.pieces(row);
-            let begin = pieces.last().map_or(0, |piece| piece.document_start);
-            let Some(clip) = self.spec.clip else {
-                return outer(v, z, row, begin..z.dims()[1]);
-            };
-            let open = pieces.iter().filter(|piece| piece.range.start >= begin);
-            let each = open.map(|piece| {
-                let (v, z) = (
-                    take(v, row, piece.range.clone()),
-                    take(z, row, piece.range.clone()),
-                );
-                outer_update(v, z, Some(clip))
-            });
-            each.reduce(|a, b| a + b).expect("a document has pieces")
         };
         Carry::new(context, &self.spec.packing, From::Before, w0.dims(), z).start(written)
     }
 
-    /// Begins to exchange Σ dOᵀZ of what reads a row's fast weights on the ranks behind.
-    fn returning(&self, z: &Tensor<3>, dy: &Tensor<3>, w0: &Tensor<2>) -> Exchange<'_> {
+    /// Begins to exchange Σ dOᵀZ of what reads a row's fast weights on the ranks behind. `read(row)`: that of the
+    /// document that was open at the beginning.
+    fn returning(
+        &self,
+        z: &Tensor<3>,
+        w0: &Tensor<2>,
+        read: impl FnMut(usize) -> Tensor<2>,
+    ) -> Exchange<'_> {
         let Some(context) = &self.spec.context else {
             return Exchange::none(z.dims()[0]);
-        };
-        // Of the document that was open at the beginning: all of its pieces read what arrived.
-        let read = |row: usize| {
-            let pieces = self.pieces(row);
-            let carried = pieces.iter().take_while(|piece| piece.carried);
-            let end = carried.last().map_or(0, |piece| piece.range.end);
-            outer(dy, z, row, 0..end)
         };
         Carry::new(context, &self.spec.packing, From::Behind, w0.dims(), z).start(read)
     }
@@ -189,15 +177,6 @@ impl FastWeightScan {
 /// Rows `piece` of row `b`: `[B, N, X]` → `[T, X]`.
 fn take(x: &Tensor<3>, b: usize, range: Range<usize>) -> Tensor<2> {
     x.clone().slice([b..b + 1, range]).squeeze_dim(0)
-}
-
-/// aᵀ b of the tokens `range` of row `row`, f32: `[B, N, D]`, `[B, N, F]` → `[D, F]`.
-fn outer(a: &Tensor<3>, b: &Tensor<3>, row: usize, range: Range<usize>) -> Tensor<2> {
-    #[cfg(feature = "cuda")]
-    if let Some(sum) = crate::cuda::ttt::outer(a, b, row, range.clone()) {
-        return sum;
-    }
-    outer_update(take(a, row, range.clone()), take(b, row, range), None)
 }
 
 impl Function<3> for FastWeightScan {
@@ -231,8 +210,7 @@ impl FastWeightScan {
         w0: Tensor<2>,
         onto: Option<&Tensor<3>>,
     ) -> (Tensor<3>, Tensor<1>, Saved) {
-        let exchange = self.arriving(&z, &v, &w0);
-        let done = self.outcome([&z, &v], &w0, onto, exchange);
+        let done = self.outcome([&z, &v], &w0, onto);
         let saved = Saved {
             z,
             v,
@@ -247,8 +225,7 @@ impl FastWeightScan {
 
     /// The gradients of z, v and w0, given that of the output.
     pub fn differentiate(&self, saved: Saved, dy: Tensor<3>) -> Gradients {
-        let exchange = self.returning(&saved.z, &dy, &saved.w0);
-        let done = self.gradients(saved, dy, exchange);
+        let done = self.gradients(saved, dy);
         self.faulty(done)
     }
 
@@ -262,14 +239,14 @@ impl FastWeightScan {
         pair: &crate::cuda::stream::Buffer,
     ) -> Option<Gradients> {
         use crate::cuda::ttt;
-        let exchange = self.returning(&saved.z, &dy, &saved.w0);
         let shape = self.shape(&saved.w0);
         let kept = ttt::Kept {
             last: &mut saved.last,
             first: &saved.first,
             weights: saved.weights.as_ref(),
         };
-        let scan = ttt::Backward::new([&saved.z, &saved.v], &saved.w0, kept, &dy, &shape)?;
+        let mut scan = ttt::Backward::new([&saved.z, &saved.v], &saved.w0, kept, &dy, &shape)?;
+        let exchange = self.returning(&saved.z, &saved.w0, |row| scan.read(row));
         Some(self.faulty(scan.through(pair).run(exchange)))
     }
 
@@ -284,22 +261,20 @@ impl FastWeightScan {
         done
     }
 
-    fn outcome(
-        &self,
-        zv: [&Tensor<3>; 2],
-        w0: &Tensor<2>,
-        onto: Option<&Tensor<3>>,
-        exchange: Exchange,
-    ) -> Outcome {
+    fn outcome(&self, zv: [&Tensor<3>; 2], w0: &Tensor<2>, onto: Option<&Tensor<3>>) -> Outcome {
         let ScanSpec { lr, clip, .. } = self.spec;
         #[cfg(feature = "cuda")]
         if clip.is_none() {
             let shape = self.shape(w0);
-            if let Some(scan) = crate::cuda::ttt::Forward::new(zv, w0, onto, &shape) {
+            if let Some(mut scan) = crate::cuda::ttt::Forward::new(zv, w0, onto, &shape) {
+                let exchange = self.arriving(zv[0], w0, |row| scan.written(row));
                 return scan.run(exchange);
             }
         }
-        let mut done = reference::forward(zv, w0, (lr, clip), &self.all_pieces(), exchange);
+        let pieces = self.all_pieces();
+        let written = |row: usize| reference::written(zv, row, clip, &pieces[row]);
+        let exchange = self.arriving(zv[0], w0, written);
+        let mut done = reference::forward(zv, w0, (lr, clip), &pieces, exchange);
         if let Some(x) = onto {
             done.output = x.clone() + done.output;
         }
@@ -317,7 +292,7 @@ impl FastWeightScan {
         }
     }
 
-    fn gradients(&self, saved: Saved, dy: Tensor<3>, exchange: Exchange) -> Gradients {
+    fn gradients(&self, saved: Saved, dy: Tensor<3>) -> Gradients {
         #[cfg(feature = "cuda")]
         let saved = {
             use crate::cuda::ttt;
@@ -335,7 +310,8 @@ impl FastWeightScan {
                 first: &first,
                 weights: weights.as_ref(),
             };
-            if let Some(scan) = ttt::Backward::new([&z, &v], &w0, kept, &dy, &shape) {
+            if let Some(mut scan) = ttt::Backward::new([&z, &v], &w0, kept, &dy, &shape) {
+                let exchange = self.returning(&z, &w0, |row| scan.read(row));
                 return scan.run(exchange);
             }
             Saved {
@@ -347,6 +323,9 @@ impl FastWeightScan {
                 weights,
             }
         };
-        reference::backward(saved, dy, self.spec.lr, &self.all_pieces(), exchange)
+        let pieces = self.all_pieces();
+        let read = |row: usize| reference::read(&saved.z, &dy, row, &pieces[row]);
+        let exchange = self.returning(&saved.z, &saved.w0, read);
+        reference::backward(saved, dy, self.spec.lr, &pieces, exchange)
     }
 }

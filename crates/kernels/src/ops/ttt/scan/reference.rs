@@ -1,8 +1,10 @@
 //! The scan piece by piece, on any backend.
 
+use std::ops::Range;
+
 use burn::tensor::Tensor;
 
-use super::{Exchange, Gradients, Outcome, Saved, outer, take};
+use super::{Exchange, Gradients, Outcome, Saved, take};
 use crate::dtype::{cast, wide, widen};
 use crate::packing::{Piece, Write};
 
@@ -25,6 +27,38 @@ pub fn outer_update(v: Tensor<2>, z: Tensor<2>, clip: Option<f64>) -> Tensor<2> 
             delta * factor.unsqueeze::<2>()
         }
     }
+}
+
+/// aᵀ b of the tokens `range` of row `row`, f32: `[B, N, D]`, `[B, N, F]` → `[D, F]`.
+fn outer(a: &Tensor<3>, b: &Tensor<3>, row: usize, range: Range<usize>) -> Tensor<2> {
+    outer_update(take(a, row, range.clone()), take(b, row, range), None)
+}
+
+/// What the document that is open at the end of row `row` has written in these pieces of it.
+pub(super) fn written(
+    [z, v]: [&Tensor<3>; 2],
+    row: usize,
+    clip: Option<f64>,
+    pieces: &[Piece],
+) -> Tensor<2> {
+    let begin = pieces.last().map_or(0, |piece| piece.document_start);
+    if clip.is_none() {
+        return outer(v, z, row, begin..z.dims()[1]);
+    }
+    let open = pieces.iter().filter(|piece| piece.range.start >= begin);
+    let each = open.map(|piece| {
+        let tokens = |x| take(x, row, piece.range.clone());
+        outer_update(tokens(v), tokens(z), clip)
+    });
+    each.reduce(|a, b| a + b).expect("a document has pieces")
+}
+
+/// Σ dOᵀZ over the pieces of row `row` whose document was open at its beginning: all of them read what
+/// arrived.
+pub(super) fn read(z: &Tensor<3>, dy: &Tensor<3>, row: usize, pieces: &[Piece]) -> Tensor<2> {
+    let carried = pieces.iter().take_while(|piece| piece.carried);
+    let end = carried.last().map_or(0, |piece| piece.range.end);
+    outer(dy, z, row, 0..end)
 }
 
 fn frobenius(matrix: &Tensor<2>) -> Tensor<1> {
