@@ -17,6 +17,9 @@ pub struct Timed {
     pub work: Option<Work>,
     /// It ran beside the others, on a stream of its own: an exchange between ranks.
     pub beside: bool,
+    /// Milliseconds between the end of the operation before it and its beginning: Burn's own kernels, or
+    /// nothing. 0 for what runs beside.
+    pub gap: f64,
 }
 
 /// All operations of one name.
@@ -71,6 +74,41 @@ pub fn by_name(operations: &[Timed]) -> Vec<Entry> {
     let mut entries: Vec<Entry> = entries.into_values().collect();
     entries.sort_by(|a, b| b.ms.total_cmp(&a.ms).then_with(|| a.name.cmp(&b.name)));
     entries
+}
+
+/// Where two operations follow each other with something between them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gap {
+    /// The operation before; `None` at the beginning.
+    pub after: Option<String>,
+    /// The operation behind.
+    pub before: String,
+    /// How often.
+    pub calls: usize,
+    /// Milliseconds of all of them.
+    pub ms: f64,
+}
+
+/// The gaps between `operations` by their neighbours, the longest first.
+pub fn gaps(operations: &[Timed]) -> Vec<Gap> {
+    let mut gaps: HashMap<(Option<&str>, &str), (usize, f64)> = HashMap::new();
+    let mut after = None;
+    for timed in operations.iter().filter(|timed| !timed.beside) {
+        let (calls, ms) = gaps.entry((after, &timed.name)).or_default();
+        *calls += 1;
+        *ms += timed.gap;
+        after = Some(&timed.name[..]);
+    }
+    let gap = |((after, before), (calls, ms)): ((Option<&str>, &str), (usize, f64))| Gap {
+        after: after.map(String::from),
+        before: before.into(),
+        calls,
+        ms,
+    };
+    let mut gaps: Vec<Gap> = gaps.into_iter().map(gap).collect();
+    let names = |gap: &Gap| (gap.after.clone(), gap.before.clone());
+    gaps.sort_by(|a, b| b.ms.total_cmp(&a.ms).then_with(|| names(a).cmp(&names(b))));
+    gaps
 }
 
 /// Times the CUDA operations of this crate from [`begin`] to [`Recording::end`]. What Burn's own kernels and
@@ -134,7 +172,28 @@ mod tests {
             ms,
             work,
             beside: false,
+            gap: ms / 10.0,
         }
+    }
+
+    #[test]
+    fn gaps_are_told_by_their_neighbours_and_exchanges_have_none() {
+        let beside = Timed {
+            beside: true,
+            ..timed("all_reduce", 9.0, None)
+        };
+        let (a, b) = (timed("a", 1.0, None), timed("b", 4.0, None));
+        let found = gaps(&[a.clone(), b.clone(), beside, a, b]);
+        let found: Vec<_> = found
+            .iter()
+            .map(|g| (g.after.as_deref(), &g.before[..], g.calls, g.ms))
+            .collect();
+        let expected = [
+            (Some("a"), "b", 2, 0.8),
+            (None, "a", 1, 0.1),
+            (Some("b"), "a", 1, 0.1),
+        ];
+        assert_eq!(found, expected);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::fs;
 
 use burn::tensor::Device;
 use ttt_kernels::doctor;
-use ttt_kernels::profile::{self, Entry, Recording, Timed, by_name};
+use ttt_kernels::profile::{self, Entry, Gap, Recording, Timed, by_name, gaps};
 use ttt_kernels::work::Work;
 use ttt_parallel::Activity;
 
@@ -86,14 +86,31 @@ impl Limits {
     }
 }
 
-/// One line per operation, the longest first, then what is left of a step of `whole` ms, then what ran
-/// beside these.
+/// Most gaps between operations that a table lists.
+const GAPS: usize = 8;
+
+/// Share of the step that a gap takes to be listed.
+const GAP: f64 = 1e-4;
+
+/// One line per operation, the longest first, then what is left of a step of `whole` ms and where most of
+/// that lies, then what ran beside these.
 pub fn table(operations: &[Timed], whole: f64, limits: &Limits) -> String {
     let percent = |share: f64| format!("{:.1} %", share * 100.0);
     let (beside, entries): (Vec<Entry>, Vec<Entry>) =
         by_name(operations).into_iter().partition(|e| e.beside);
-    let names = entries.iter().chain(&beside);
-    let width = names.map(|e| e.name.chars().count()).max();
+    let long = |gap: &Gap| gap.ms > GAP * whole;
+    let gaps: Vec<Gap> = gaps(operations)
+        .into_iter()
+        .take(GAPS)
+        .filter(long)
+        .collect();
+    let between = |gap: &Gap| {
+        let after = gap.after.as_deref().unwrap_or("the beginning");
+        format!("  between {after} and {}", gap.before)
+    };
+    let names = entries.iter().chain(&beside).map(|e| e.name.clone());
+    let names = names.chain(gaps.iter().map(between));
+    let width = names.map(|name| name.chars().count()).max();
     let width = width.unwrap_or(0).max(28);
     let line = |name: &str, calls: &str, ms: f64, rate: &str, of: &str| {
         let share = percent(ms / whole);
@@ -117,6 +134,10 @@ pub fn table(operations: &[Timed], whole: f64, limits: &Limits) -> String {
     let calls: usize = entries.iter().map(|entry| entry.calls).sum();
     text += &line("sum of these", &calls.to_string(), sum, "", "");
     text += &line("Burn's own kernels and gaps", "", whole - sum, "", "");
+    text.extend(gaps.iter().map(|gap| {
+        let calls = gap.calls.to_string();
+        line(&between(gap), &calls, gap.ms, "", "")
+    }));
     if !beside.is_empty() {
         text += "beside them, from when this rank is ready to when all are done\n";
         text.extend(beside.iter().map(line_of));
@@ -135,6 +156,7 @@ mod tests {
             ms,
             work,
             beside: name == "all_reduce",
+            gap: if name == "rope" { 2.0 } else { 0.0 },
         };
         let limits = Limits {
             flops: Some(1000e12),
@@ -154,7 +176,7 @@ mod tests {
             .lines()
             .map(|line| line.split_whitespace().collect())
             .collect();
-        let [_, gemm, rope, scan, sum, rest, _, beside] = lines.as_slice() else {
+        let [_, gemm, rope, scan, sum, rest, gap, _, beside] = lines.as_slice() else {
             panic!("{text}")
         };
         let expected = "gemm 2 8.000 40.0 % 750 TFLOP/s 75.0 %";
@@ -163,6 +185,7 @@ mod tests {
         assert_eq!(scan.join(" "), "scan 1 0.500 2.5 %");
         assert_eq!(sum.join(" "), "sum of these 4 9.500 47.5 %");
         assert_eq!(rest.join(" "), "Burn's own kernels and gaps 10.500 52.5 %");
+        assert_eq!(gap.join(" "), "between scan and rope 1 2.000 10.0 %");
         assert_eq!(beside.join(" "), "all_reduce 1 30.000 150.0 %");
     }
 }

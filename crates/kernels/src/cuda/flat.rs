@@ -2,8 +2,10 @@
 
 use burn::tensor::{DType, Tensor};
 
+use super::gradient::{Gradient, Table};
 use super::stream::{Arg, Buffer, on_stream};
 use crate::ops::flat::Part;
+use crate::work::Work;
 
 /// See [`crate::ops::flat::accumulate`]; `sum` comes back where there is no form for the parts.
 #[allow(clippy::result_large_err)] // what cannot be done here goes back by value, not cloned
@@ -46,6 +48,7 @@ pub fn accumulate(
         Some(old) if old.is_ours() => old.clone(),
         _ => like.empty([len], DType::F32),
     };
+    let gradient = Gradient::of(parts);
     let mut reads: Vec<&Buffer> = buffers.iter().flatten().collect();
     reads.extend(&old);
     on_stream(&reads, &[&out], |cx, from, to| {
@@ -53,6 +56,20 @@ pub fn accumulate(
             && at != to[0]
         {
             cx.copy(to[0], at, 4 * len)?;
+        }
+        // A launch for many parts where they can be read in vectors; else one each.
+        if let Some(gradient) = &gradient {
+            let tables = gradient.tables(from)?;
+            if to[0].is_multiple_of(16) && tables.iter().all(Table::is_aligned) {
+                for table in tables {
+                    let count = table.count();
+                    let args = [Arg::Ptr(to[0]), table.arg(), Arg::Int(i32::from(adds))];
+                    let sums = if adds { 8.0 } else { 4.0 };
+                    cx.doing(Work::Bytes(table.bytes() + sums * count as f64))
+                        .launch_over("accumulate_parts", (count as u64).div_ceil(4), &args)?;
+                }
+                return Ok(());
+            }
         }
         let mut addresses = from.iter();
         let mut at = to[0];

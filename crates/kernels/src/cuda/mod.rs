@@ -20,6 +20,7 @@ pub mod event;
 pub mod flat;
 pub mod gemm;
 mod gemm_plan;
+mod gradient;
 mod heads;
 mod hopper;
 pub mod linear;

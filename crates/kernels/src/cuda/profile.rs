@@ -197,20 +197,29 @@ impl Recording {
             ON.store(false, Ordering::Relaxed);
             let (begin, end) = (begin as CUevent, record(stream)?);
             let ms = between(begin, end);
-            destroy(begin);
-            destroy(end);
-            let operations = RECORDS.take().into_iter().map(|record| {
-                let ms = between(record.from, record.to);
-                destroy(record.from);
-                destroy(record.to);
+            let records = RECORDS.take();
+            let mut before = begin;
+            let operations = records.iter().map(|record| {
+                let gap = match record.beside {
+                    true => 0.0,
+                    false => between(std::mem::replace(&mut before, record.to), record.from)?,
+                };
                 Ok(Timed {
-                    name: record.name,
-                    ms: ms?,
+                    name: record.name.clone(),
+                    ms: between(record.from, record.to)?,
                     work: record.work,
                     beside: record.beside,
+                    gap,
                 })
             });
-            let operations = operations.collect::<Result<_, String>>()?;
+            let operations = operations.collect::<Result<_, String>>();
+            for record in &records {
+                destroy(record.from);
+                destroy(record.to);
+            }
+            destroy(begin);
+            destroy(end);
+            let operations = operations?;
             Ok(Profile {
                 ms: ms?,
                 operations,

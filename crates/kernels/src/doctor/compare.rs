@@ -239,6 +239,7 @@ mod tests {
             ms,
             work,
             beside: false,
+            gap: 0.0,
         };
         let gemm = timed(1.0, Some(Work::Flops(3e9)));
         let rope = timed(2.0, Some(Work::Bytes(6e6)));

@@ -1,10 +1,10 @@
-//! The update, from gradients of either precision.
+//! The update, from gradients of either precision, and such gradients in one buffer.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::compare::{Comparison, rate_of};
 use crate::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
-use crate::ops::flat::Part;
+use crate::ops::flat::{Part, accumulate};
 use crate::ops::master::Master;
 use crate::profile::record;
 use crate::testing::{normal, relative_error, values};
@@ -168,6 +168,22 @@ pub fn all(device: &Device) -> Vec<Comparison> {
                 bits(&ours[0]) == before,
             ));
         }
+    }
+    for (name, form) in [
+        ("f32", Form::Wide),
+        ("bf16 and f32", Form::Mixed),
+        ("odd parts", Form::Odd),
+    ] {
+        let [reference, ours] = [&Device::flex(), device].map(|device| {
+            let once = accumulate(None, form.parts(device, 1.0));
+            let twice = accumulate(Some(once.clone()), form.parts(device, 3.0));
+            [once, twice].map(|sum| bits(&sum))
+        });
+        // One addition of the same numbers.
+        all.push(equal(
+            format!("gradients end to end and added up, {name}"),
+            ours == reference,
+        ));
     }
     // As parameters with learning rates of their own are cut, in places where slices are no views.
     let held = Master::new(start(), odd, device);

@@ -118,6 +118,27 @@ extern "C" __global__ void adamw(float *wo, u16 *ho, u16 *lo, float *mo, float *
     }
 }
 
+// sum = x, or sum + x where `adds`: as many elements as x has, from its first on.
+extern "C" __global__ void accumulate_parts(float *sum, const __grid_constant__ Parts x, int adds) {
+    const u64 stride = (u64)gridDim.x * blockDim.x, first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 n = x.begin[x.count], n4 = n / 4;
+    int p = 0;
+#pragma unroll 4
+    for (u64 i = x.begin[0] / 4 + first; i < n4; i += stride) {
+        p = x.find(4 * i, p);
+        float4 v = x.four(i, p), *to = (float4 *)sum + i;
+        if (adds) {
+            const float4 old = *to;
+            v.x += old.x, v.y += old.y, v.z += old.z, v.w += old.w;
+        }
+        *to = v;
+    }
+    for (u64 i = 4 * n4 + first; i < n; i += stride) {
+        const float v = x.one(i, x.count - 1);
+        sum[i] = adds ? sum[i] + v : v;
+    }
+}
+
 // partial[block] = Σ x²; scaled_total or sum_partials adds the blocks.
 extern "C" __global__ void square_sum(float *partial, const __grid_constant__ Parts x) {
     __shared__ float shared[32];
