@@ -33,7 +33,7 @@ pub fn usage(device: &Device) -> Option<Usage> {
     }
 }
 
-/// Whether [`peak_of`] is running.
+/// Whether a [`Watch`] is kept.
 static WATCHED: AtomicBool = AtomicBool::new(false);
 /// The most that was seen meanwhile.
 static PEAK: AtomicU64 = AtomicU64::new(0);
@@ -48,20 +48,39 @@ pub fn seen(bytes: u64) {
     PEAK.fetch_max(bytes, Ordering::Relaxed);
 }
 
-/// Runs `work` and returns with its result the most bytes that were [allocated](Usage::allocated)
-/// at any of its CUDA operations, when their inputs and outputs all live: the counterpart of
-/// PyTorch's `max_memory_allocated`. `None` where nobody counts.
+/// While it is there, the most bytes are noted that are [allocated](Usage::allocated) at any CUDA operation,
+/// when its inputs and outputs all live: the counterpart of PyTorch's `max_memory_allocated`. One at a time.
 ///
-/// Asking takes time at every operation, so `work` should not be timed.
+/// Asking takes time at every operation, so nothing should be timed meanwhile.
+#[derive(Debug)]
+pub struct Watch(());
+
+impl Watch {
+    /// `None` where nobody counts.
+    pub fn begin(device: &Device) -> Option<Self> {
+        let before = usage(device)?;
+        PEAK.store(before.allocated(), Ordering::Relaxed);
+        WATCHED.store(true, Ordering::Relaxed);
+        Some(Self(()))
+    }
+
+    /// The most so far, in bytes.
+    pub fn peak(&self) -> u64 {
+        PEAK.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        WATCHED.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Runs `work` and returns with its result what a [`Watch`] saw meanwhile.
 pub fn peak_of<T>(device: &Device, work: impl FnOnce() -> T) -> (T, Option<u64>) {
-    let Some(before) = usage(device) else {
-        return (work(), None);
-    };
-    PEAK.store(before.allocated(), Ordering::Relaxed);
-    WATCHED.store(true, Ordering::Relaxed);
+    let watch = Watch::begin(device);
     let done = work();
-    WATCHED.store(false, Ordering::Relaxed);
-    (done, Some(PEAK.load(Ordering::Relaxed)))
+    (done, watch.map(|watch| watch.peak()))
 }
 
 /// Bytes of GPU `ordinal`'s memory that the driver says are taken: by this process, its libraries and

@@ -4,6 +4,7 @@ use std::fs;
 
 use burn::tensor::Device;
 use ttt_kernels::doctor;
+use ttt_kernels::memory::{self, Watch};
 use ttt_kernels::profile::{self, Entry, Gap, Recording, Timed, by_name, gaps};
 use ttt_kernels::work::Work;
 use ttt_parallel::Activity;
@@ -12,19 +13,51 @@ use crate::config::{DeviceKind, RunConfig};
 use crate::error::TrainError;
 use crate::metrics::peak_flops;
 
-/// The step of a run whose operations are timed; each rank writes what its own GPU did.
+/// The step of a run whose operations are timed; each rank writes what its own GPU did, and what its memory
+/// held in the step before, since looking at memory takes time.
 pub(crate) struct ProfiledStep<'a> {
-    pub config: &'a RunConfig,
-    pub rank: usize,
-    pub device: &'a Device,
+    config: &'a RunConfig,
+    rank: usize,
+    device: &'a Device,
+    /// In the step before.
+    watch: Option<Watch>,
+    /// After that step.
+    memory: Option<Memory>,
 }
 
-impl ProfiledStep<'_> {
+/// What a GPU's memory held at most, in bytes.
+struct Memory {
+    allocated: u64,
+    /// Free parts included.
+    pools: u64,
+}
+
+impl<'a> ProfiledStep<'a> {
+    /// Rank `rank`'s.
+    pub fn new(config: &'a RunConfig, rank: usize, device: &'a Device) -> Self {
+        Self {
+            config,
+            rank,
+            device,
+            watch: None,
+            memory: None,
+        }
+    }
+
     /// Begins to time, if this is the step.
     ///
     /// # Errors
     /// If the device cannot be timed.
-    pub fn begin(&self, step: u64) -> Result<Option<Recording>, TrainError> {
+    pub fn begin(&mut self, step: u64) -> Result<Option<Recording>, TrainError> {
+        if let (Some(watch), Some(usage)) = (self.watch.take(), memory::usage(self.device)) {
+            self.memory = Some(Memory {
+                allocated: watch.peak(),
+                pools: usage.pools,
+            });
+        }
+        if self.config.profile_step == Some(step + 1) {
+            self.watch = Watch::begin(self.device);
+        }
         if self.config.profile_step != Some(step) {
             return Ok(None);
         }
@@ -51,11 +84,19 @@ impl ProfiledStep<'_> {
             .config
             .dir
             .join(format!("profile.rank{}.txt", self.rank));
-        let text = table(
+        let mut text = table(
             &profile.operations,
             profile.ms,
             &Limits::of(self.config.device),
         );
+        if let Some(memory) = &self.memory {
+            let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+            text += &format!(
+                "memory in the step before: at most {:.2} GiB for tensors and libraries; {:.2} GiB held for tensors\n",
+                gib(memory.allocated),
+                gib(memory.pools)
+            );
+        }
         fs::write(&path, text).map_err(TrainError::io("write", &path))
     }
 }

@@ -214,11 +214,7 @@ fn train_on(
         DeviceKind::Cuda => mesh.activity.long("the first step"),
     });
     let mut evaluated = false;
-    let profiled = ProfiledStep {
-        config: &config.run,
-        rank: ranks.rank(),
-        device: &device,
-    };
+    let mut profiled = ProfiledStep::new(&config.run, ranks.rank(), &device);
     if let Some(step) = config.run.profile_step.filter(|&step| step < begin) {
         report.note(&format!(
             "nothing is timed: run.profile_step = {step} is before step {begin}, where this run goes on"
