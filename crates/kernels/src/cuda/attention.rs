@@ -9,7 +9,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use super::attention_dq;
 use super::attention_graph::{Key, backward_plan, forward_plan};
-use super::cudnn::{Graph, Library};
+use super::cudnn::{Graph, Library, bands_are_right};
 use super::cudnn_plan::Plan;
 use super::scratch;
 use super::stream::{Buffer, Context, on_stream};
@@ -75,15 +75,17 @@ pub(super) struct Extents {
     pub groups: usize,
     /// E
     pub size: usize,
-    /// Elements between neighbouring tokens of q and dq.
+    /// Elements between neighbouring tokens of q.
     pub query_row: usize,
+    /// The same of dq.
+    pub dq_row: usize,
     /// The same of k, v, dk and dv.
     pub key_row: usize,
 }
 
 impl Extents {
-    /// Of tensors that lie densely.
-    fn dense(q: &Buffer, k: &Buffer) -> Self {
+    /// Of queries whose tokens are `query_row` elements apart, and all else dense.
+    fn of(q: &Buffer, query_row: usize, k: &Buffer) -> Self {
         let (q, k) = (q.dims(), k.dims());
         Self {
             batch: q[0],
@@ -92,7 +94,8 @@ impl Extents {
             heads: q[2],
             groups: k[2],
             size: q[3],
-            query_row: q[2] * q[3],
+            query_row,
+            dq_row: q[2] * q[3],
             key_row: k[2] * k[3],
         }
     }
@@ -111,9 +114,17 @@ impl Call {
     /// `None` if cuDNN has no form for it. `like` says on which device.
     pub fn new(e: &Extents, spec: &AttentionSpec, like: &Buffer, backward: bool) -> Option<Self> {
         let fits = e.size.is_multiple_of(8) && e.size <= 128 && e.tokens > 1;
-        if spec.query_offset != 0 || !fits {
+        let offset = spec.query_offset;
+        let behind = offset > 0 && e.tokens <= e.keys && spec.is_behind(e.tokens, e.keys);
+        if !fits || offset > 0 && !(behind && bands_are_right()) {
             return None;
         }
+        // From which key on, counted from the query's number among the queries.
+        let window = match spec.window {
+            Some(window) => Some(window.checked_sub(offset).filter(|&w| w > 0)?),
+            None if behind => return None,
+            None => None,
+        };
         let mut key = Key {
             batch: e.batch as i64,
             queries: e.tokens as i64,
@@ -122,8 +133,10 @@ impl Call {
             groups: e.groups as i64,
             size: e.size as i64,
             query_row: e.query_row as i64,
+            dq_row: e.dq_row as i64,
             key_row: e.key_row as i64,
             window: None,
+            behind,
             scale: (spec.scale as f32).to_bits(),
             packed: false,
             backward,
@@ -133,7 +146,7 @@ impl Call {
             None => None,
             Some(packing) => Some(documents(e, like, packing, &mut key)?),
         };
-        let window = spec.window.map(|w| w as i64);
+        let window = window.map(|w| w as i64);
         key.window = window.filter(|&w| w < key.queries);
         Some(Self {
             key,
@@ -263,6 +276,12 @@ fn parts(at: u64, places: i64) -> [u64; PARTS] {
     std::array::from_fn(|i| at + i as u64 * bytes)
 }
 
+/// Whether queries on a GPU that stand behind all keys need another form than cuDNN's: the one that is loaded
+/// is wrong there, or refuses.
+pub fn lacks_bands(q: &Tensor<4>) -> bool {
+    Buffer::strided(q).is_some() && !bands_are_right()
+}
+
 /// Queries that stand behind the first key, as if there were one for each key: the first
 /// `query_offset` of them are zeros, whose results are dropped and whose gradients are zero, so that
 /// they give nothing to keys and values. `None` where that would be most of the work, and for the few
@@ -304,13 +323,12 @@ pub fn forward(
     spec: &AttentionSpec,
 ) -> Option<(Tensor<4>, LogSumExp)> {
     let offset = spec.query_offset;
-    if offset > 0 {
+    if offset > 0 && offset < k.dims()[1] {
         let spec = padded(q, k, spec)?;
         let (output, sums) = forward(&behind_zeros(q, offset), k, v, &spec)?;
         return Some((without(output, offset), sums));
     }
-    let (q, k, v) = bf16(q, k, v)?;
-    let e = Extents::dense(&q, &k);
+    let ((q, k, v), e) = bf16(q, k, v)?;
     let call = Call::new(&e, spec, &q, false)?;
     let output = q.empty([e.batch, e.tokens, e.heads, e.size], DType::BF16);
     let sums = q.empty(call.statistics(), DType::F32);
@@ -323,10 +341,31 @@ pub fn forward(
     Some((output.tensor(), call.log_sum_exp(sums)))
 }
 
-fn bf16(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>) -> Option<(Buffer, Buffer, Buffer)> {
-    let all = (Buffer::of(q)?, Buffer::of(k)?, Buffer::of(v)?);
-    let fits = |b: &Buffer| b.dtype() == DType::BF16;
-    (fits(&all.0) && fits(&all.1) && fits(&all.2)).then_some(all)
+/// Queries as they lie if their tokens are as far apart as they may be, keys and values with rows in order.
+fn bf16(
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    v: &Tensor<4>,
+) -> Option<((Buffer, Buffer, Buffer), Extents)> {
+    let (q, row) = by_token(q)?;
+    let (k, v) = (Buffer::of(k)?, Buffer::of(v)?);
+    let fits = [&q, &k, &v].iter().all(|b| b.dtype() == DType::BF16);
+    let e = Extents::of(&q, row, &k);
+    fits.then_some(((q, k, v), e))
+}
+
+/// `x` `[B, N, H, E]` and the elements between its tokens; copied unless it lies as one part of longer tokens.
+fn by_token(x: &Tensor<4>) -> Option<(Buffer, usize)> {
+    let [batch, tokens, heads, size] = x.dims();
+    let lies = Buffer::strided(x)?;
+    let strides = lies.strides();
+    let [each, row] = [strides[0], strides[1]];
+    let even = batch == 1 || each == tokens * row;
+    let apart = row >= heads * size && row.is_multiple_of(8);
+    match even && apart && strides[2..] == [size, 1] {
+        true => Some((lies, row)),
+        false => Some((Buffer::of(x)?, heads * size)),
+    }
 }
 
 /// dq, dk, dv.
@@ -338,14 +377,13 @@ pub fn backward(
     spec: &AttentionSpec,
 ) -> Option<[Tensor<4>; 3]> {
     let offset = spec.query_offset;
-    if offset > 0 {
+    if offset > 0 && offset < k.dims()[1] {
         let spec = padded(q, k, spec)?;
         let [q, output, dy] = [q, output, dy].map(|x| behind_zeros(x, offset));
         let [dq, dk, dv] = backward([&q, k, v], &output, log_sum_exp, &dy, &spec)?;
         return Some([without(dq, offset), dk, dv]);
     }
-    let (q, k, v) = bf16(q, k, v)?;
-    let e = Extents::dense(&q, &k);
+    let ((q, k, v), e) = bf16(q, k, v)?;
     let call = Call::new(&e, spec, &q, true)?;
     let (output, sums, dy) = (
         Buffer::of(output)?,

@@ -55,19 +55,16 @@ pub(super) fn launch(
         int(e.groups),
         int(e.size),
         int(e.query_row),
+        int(e.dq_row),
         int(e.key_row),
         Arg::Int(key.window.map_or(i32::MAX, |w| w as i32)),
+        int(if key.behind { e.keys } else { 0 }),
         Arg::Float(f32::from_bits(key.scale)),
     ];
     let grid = (e.tokens.div_ceil(ROWS), e.heads, e.batch);
     let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
     // Three products over the pairs that see each other; in documents there are fewer.
-    let (n, w) = (
-        e.tokens as f64,
-        key.window.map_or(e.tokens as f64, |w| w as f64),
-    );
-    let pairs = (e.batch * e.heads) as f64 * (w * n - w * (w - 1.0) / 2.0);
-    if !key.packed {
+    if let Some(pairs) = key.pairs() {
         cx.doing(Work::Flops(6.0 * e.size as f64 * pairs));
     }
     cx.launch(name, grid, 128, &args)

@@ -28,13 +28,17 @@ pub struct Key {
     pub groups: i64,
     /// E
     pub size: i64,
-    /// Elements between neighbouring tokens of q and dq: H·E, or more where they share rows with k
-    /// and v.
+    /// Elements between neighbouring tokens of q: H·E, or more where they share rows with k and v.
     pub query_row: i64,
+    /// The same of dq.
+    pub dq_row: i64,
     /// The same of k, v, dk and dv.
     pub key_row: i64,
-    /// Keys that a query sees, itself among them; `None`: all earlier ones.
+    /// Keys that a query sees, itself among them; `None`: all earlier ones. Where queries are `behind`,
+    /// query i sees keys from i + 1 − window on.
     pub window: Option<i64>,
+    /// Queries stand behind all keys, so that none of these comes too late for them.
+    pub behind: bool,
     /// Bits of the f32 factor on the scores.
     pub scale: u32,
     /// Whether batch entries are documents with lengths and offsets of their own.
@@ -47,6 +51,7 @@ impl Key {
     /// For a profile. What documents of unknown lengths take is not known.
     fn described(&self) -> (String, Option<Work>) {
         let pass = if self.backward { "backward" } else { "forward" };
+        let place = if self.behind { " behind" } else { "" };
         let Self {
             batch,
             queries,
@@ -64,13 +69,25 @@ impl Key {
         } else {
             ""
         };
-        let name =
-            format!("attention {pass} {batch}x{rows}{queries} {heads}/{groups}x{size}{window}");
-        let (n, w) = (queries as f64, self.window.unwrap_or(queries) as f64);
-        let pairs = (batch * heads) as f64 * (w * n - w * (w - 1.0) / 2.0);
+        let name = format!(
+            "attention{place} {pass} {batch}x{rows}{queries} {heads}/{groups}x{size}{window}"
+        );
         let per_pair = 4.0 * size as f64 * if self.backward { 2.5 } else { 1.0 };
-        let known = !self.packed && self.queries == self.keys;
-        (name, known.then_some(Work::Flops(pairs * per_pair)))
+        let flops = self.pairs().map(|pairs| Work::Flops(pairs * per_pair));
+        (name, flops)
+    }
+
+    /// Pairs of a query and a key that it sees, in all rows and heads; `None` for documents.
+    pub fn pairs(&self) -> Option<f64> {
+        let n = self.queries as f64;
+        let w = self.window.map_or(n, |window| window as f64);
+        let seen = match self.behind {
+            // All but those that the window hides: none of the first w queries, one more of each next.
+            true => n * self.keys as f64 - (n - w).max(0.0) * (n - w + 1.0) / 2.0,
+            false => w * n - w * (w - 1.0) / 2.0,
+        };
+        let known = !self.packed && (self.behind || self.queries == self.keys);
+        known.then_some((self.batch * self.heads) as f64 * seen)
     }
 }
 
@@ -239,11 +256,14 @@ impl<'a> Scores<'a> {
         Ok(y)
     }
 
-    /// Hides keys after the query and, with a window w, those at or before query − w.
-    fn mask(&mut self, x: Node) -> Result<Node, String> {
-        let (row, column) = (self.index(x, 2, I32)?, self.index(x, 3, I32)?);
-        let causal = self.compare(Mode::CUDNN_POINTWISE_CMP_GE, row, column)?;
-        let x = self.keep(x, causal)?;
+    /// Hides keys after the query, unless it stands behind all, and, with a window w, those at or before
+    /// query − w.
+    fn mask(&mut self, mut x: Node) -> Result<Node, String> {
+        if !self.key.behind {
+            let (row, column) = (self.index(x, 2, I32)?, self.index(x, 3, I32)?);
+            let causal = self.compare(Mode::CUDNN_POINTWISE_CMP_GE, row, column)?;
+            x = self.keep(x, causal)?;
+        }
         let Some(window) = self.key.window else {
             return Ok(x);
         };
@@ -316,7 +336,8 @@ pub fn backward_plan(graph: Graph, key: &Key) -> Result<Plan, String> {
     let by_output = rows(k.batch, k.heads, k.queries, k.size, k.heads * k.size);
     let (of_queries, of_keys) = (|d: Documents| d.queries, |d: Documents| d.keys);
     let of_outputs = |d: Documents| d.outputs;
-    let [q, dq] = [(); 2].map(|()| g.tensor(BF16, by_query, of_queries));
+    let by_dq = rows(k.batch, k.heads, k.queries, k.size, k.dq_row);
+    let [q, dq] = [by_query, by_dq].map(|by_token| g.tensor(BF16, by_token, of_queries));
     let [y, dy] = [(); 2].map(|()| g.tensor(BF16, by_output, of_outputs));
     let (q, y, dy, dq) = (q?, y?, dy?, dq?);
     let [kt, vt] = [(); 2].map(|()| g.tensor(BF16, transposed(by_key), of_keys));

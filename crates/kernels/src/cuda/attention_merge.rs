@@ -1,8 +1,9 @@
-//! Tokens turned round, and two parts of attention merged ([`crate::ops::attention`]'s `merge`).
+//! Two parts of attention merged ([`crate::ops::attention`]'s `merge`), and gradients added where they lie.
 
 use burn::tensor::{DType, Tensor};
 
 use super::stream::{Arg, Buffer, on_stream};
+use crate::ops::attention::merge::LogSumExp;
 use crate::work::Work;
 
 /// Tokens whose heads lie one behind the other, and the elements between neighbouring rows and tokens:
@@ -35,28 +36,6 @@ fn check(addresses: &[u64]) -> Result<(), String> {
         true => Ok(()),
         false => Err("attention: tokens that do not begin at a multiple of 16 bytes".into()),
     }
-}
-
-/// x `[B, N, H, E]` bf16 with the last token first.
-pub fn turned(x: &Tensor<4>) -> Option<Tensor<4>> {
-    let [batch, count, heads, size] = x.dims();
-    let (x, [row, token]) = tokens(x)?;
-    let y = x.empty([batch, count, heads, size], DType::BF16);
-    on_stream(&[&x], &[&y], |cx, from, to| {
-        check(&[from[0], to[0]])?;
-        let vectors = (batch * count * heads * size / 8) as u64;
-        let args = [
-            Arg::Ptr(to[0]),
-            Arg::Ptr(from[0]),
-            Arg::Size(vectors),
-            Arg::Int(count as i32),
-            Arg::Int((heads * size / 8) as i32),
-            Arg::Size(row),
-            Arg::Size(token),
-        ];
-        cx.launch_over("turned_tokens", vectors, &args)
-    });
-    Some(y.tensor())
 }
 
 /// Where tokens lie in a buffer: the first element, and the elements between neighbouring rows and tokens.
@@ -95,38 +74,62 @@ pub fn add(x: &Buffer, lies: Lies, part: &Tensor<4>) -> bool {
     true
 }
 
-/// Values `[B, N, H, E]` bf16 and log-sum-exps `[B, H, N]` f32 of two parts, the second with its tokens
-/// turned round: those of all keys.
-pub fn merged(
-    (first, of_first): (&Tensor<4>, &Tensor<3>),
-    (second, of_second): (&Tensor<4>, &Tensor<3>),
-) -> Option<(Tensor<4>, Tensor<3>)> {
-    let [batch, count, heads, size] = first.dims();
-    let (first, [row, token]) = tokens(first)?;
-    let second = Buffer::of(second).filter(|b| b.dtype() == DType::BF16)?;
-    let sums = |x: &Tensor<3>| Buffer::of(x).filter(|b| b.dtype() == DType::F32);
-    let (of_first, of_second) = (sums(of_first)?, sums(of_second)?);
-    let y = first.empty([batch, count, heads, size], DType::BF16);
-    let of_both = first.empty([batch, heads, count], DType::F32);
-    let reads = [&first, &of_first, &second, &of_second];
-    on_stream(&reads, &[&y, &of_both], |cx, from, to| {
-        check(&[from[0], from[2], to[0]])?;
-        let vectors = (batch * count * heads * size / 8) as u64;
-        let args = [
-            Arg::Ptr(to[0]),
-            Arg::Ptr(to[1]),
-            Arg::Ptr(from[0]),
-            Arg::Ptr(from[1]),
-            Arg::Ptr(from[2]),
-            Arg::Ptr(from[3]),
-            Arg::Size(vectors),
-            Arg::Int(count as i32),
-            Arg::Int(heads as i32),
-            Arg::Int(size as i32 / 8),
-            Arg::Size(row),
-            Arg::Size(token),
-        ];
-        cx.launch_over("attention_merged", vectors, &args)
-    });
-    Some((y.tensor(), of_both.tensor()))
+/// Puts `more`, the values `[B, n, H, E]` bf16 and log-sum-exps `[B, H, n]` f32 that the first n queries have
+/// from other keys, into `own` and `sums` where these lie. Whether it could be: not into what somebody else
+/// holds, too.
+pub fn merge(
+    own: Tensor<4>,
+    sums: LogSumExp,
+    (more, of_more): (&Tensor<4>, &Tensor<3>),
+) -> (Tensor<4>, LogSumExp, bool) {
+    let ([_, tokens, ..], [batch, count, heads, size]) = (own.dims(), more.dims());
+    let LogSumExp { values, by_token } = sums;
+    let lie = (Buffer::strided(&own), Buffer::strided(&values));
+    let parts = (Buffer::of(more), Buffer::of(of_more));
+    let ((Some(to), Some(of_to)), (Some(more), Some(of_more))) = (lie, parts) else {
+        return (own, LogSumExp { values, by_token }, false);
+    };
+    // These two hold them, too.
+    drop((own, values));
+    // Elements between rows, heads and tokens of the sums.
+    let [row, head, token] = match by_token {
+        true => [tokens * heads, 1, heads],
+        false => [heads * tokens, tokens, 1],
+    };
+    let dense = to.strides() == [tokens * heads * size, heads * size, size, 1]
+        && of_to.strides() == [row, head.max(token), 1];
+    let bf16 = [&to, &more].iter().all(|b| b.dtype() == DType::BF16);
+    let f32 = [&of_to, &of_more].iter().all(|b| b.dtype() == DType::F32);
+    let fits = size.is_multiple_of(8) && size <= MOST_SIZE;
+    let done = dense && bf16 && f32 && fits && to.is_ours() && of_to.is_ours();
+    if done {
+        on_stream(&[&more, &of_more], &[&to, &of_to], |cx, from, at| {
+            check(&[from[0], at[0]])?;
+            let places = (batch * count * heads) as u64;
+            let lanes = (size / 8).next_power_of_two();
+            let args = [
+                Arg::Ptr(at[0]),
+                Arg::Ptr(at[1]),
+                Arg::Ptr(from[0]),
+                Arg::Ptr(from[1]),
+                Arg::Size(places),
+                Arg::Int(count as i32),
+                Arg::Int(heads as i32),
+                Arg::Int(size as i32 / 8),
+                Arg::Int(lanes as i32),
+                Arg::Size((tokens * heads * size) as u64),
+                Arg::Size(row as u64),
+                Arg::Size(head as u64),
+                Arg::Size(token as u64),
+            ];
+            // Both are read and one is written.
+            cx.doing(Work::Bytes(3.0 * 2.0 * size as f64 * places as f64))
+                .launch_over("merged_tokens", places * lanes as u64, &args)
+        });
+    }
+    let values = of_to.tensor();
+    (to.tensor(), LogSumExp { values, by_token }, done)
 }
+
+/// A warp has a lane for every eight elements of a head.
+const MOST_SIZE: usize = 256;

@@ -2,6 +2,8 @@
 //!
 //! Descriptors live as long as the plan that uses them, and plans are kept for good.
 
+use std::sync::OnceLock;
+
 use cudarc::cudnn::{result as cudnn, sys};
 use sys::cudnnBackendAttributeName_t as Attribute;
 use sys::cudnnBackendAttributeType_t as Kind;
@@ -74,6 +76,17 @@ impl Library {
         let handle = cudnn::create_handle().map_err(|e| format!("cuDNN handle: {e:?}"))?;
         Ok(Self { handle })
     }
+}
+
+/// Whether scores may have a left bound and no right one: from 9.10.2 on, but 9.14.0 is wrong for more than
+/// 1024 keys.
+pub fn bands_are_right() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        // SAFETY: only asks whether the library can be opened, then which one it is.
+        let version = unsafe { sys::is_culib_present().then(|| sys::cudnnGetVersion()) };
+        version.is_some_and(|version| version >= 91002 && version != 91400)
+    })
 }
 
 /// Where a tensor's values come from.

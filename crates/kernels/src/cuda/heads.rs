@@ -90,6 +90,7 @@ impl Heads {
             groups: self.groups,
             size: self.size,
             query_row,
+            dq_row: query_row,
             key_row,
         }
     }

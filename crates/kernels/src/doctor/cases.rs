@@ -171,6 +171,10 @@ pub fn attentions() -> Vec<Op> {
             Some(30),
             some(2, 160),
         ),
+        // Keys that end where the queries begin, as strips do; fewer queries than keys; more keys than 1024.
+        strip_case(79, [2, 79, 4, 2, 64]),
+        strip_case(150, [1, 333, 4, 1, 128]),
+        strip_case(1100, [1, 1100, 2, 2, 128]),
     ]
 }
 
@@ -185,6 +189,7 @@ pub fn long_attentions() -> Vec<Op> {
             None,
             Some(packed(2, 2048)),
         ),
+        strip_case(2047, [1, 2047, 8, 4, 128]),
     ]
 }
 
@@ -336,25 +341,53 @@ fn attention_behind(
         _ => format!(" behind {offset}"),
     };
     let name = format!("attention {name}, {batch}×{tokens}{place}, heads {heads}/{groups}×{size}");
-    let queries = tokens - offset;
+    let spec = AttentionSpec {
+        window,
+        scale: (size as f64).powf(-0.5),
+        query_offset: offset,
+        packing,
+        context: None,
+    };
+    queries_and_keys(
+        &name,
+        tokens - offset,
+        [batch, tokens, heads, groups, size],
+        spec,
+    )
+}
+
+/// Queries that stand behind all `tokens` keys, of which the first sees all and each next one less.
+fn strip_case(queries: usize, sizes: [usize; 5]) -> Op {
+    let [batch, tokens, heads, groups, size] = sizes;
+    let place = format!("{batch}×{queries} behind all of {tokens}");
+    let name = format!("attention {place}, heads {heads}/{groups}×{size}");
+    let spec = AttentionSpec {
+        window: Some(tokens + 1),
+        scale: (size as f64).powf(-0.5),
+        query_offset: tokens,
+        packing: None,
+        context: None,
+    };
+    queries_and_keys(&name, queries, sizes, spec)
+}
+
+fn queries_and_keys(
+    name: &str,
+    queries: usize,
+    [batch, tokens, heads, groups, size]: [usize; 5],
+    spec: AttentionSpec,
+) -> Op {
     let (q, kv) = (
         batch * queries * heads * size,
         batch * tokens * groups * size,
     );
-    op(&name, &[(q, 1.0), (kv, 1.0), (kv, 1.0)], CHAIN, move |x| {
-        let spec = AttentionSpec {
-            window,
-            scale: (size as f64).powf(-0.5),
-            query_offset: offset,
-            packing: packing.clone(),
-            context: None,
-        };
+    op(name, &[(q, 1.0), (kv, 1.0), (kv, 1.0)], CHAIN, move |x| {
         let shaped = |i: usize, n: usize, h: usize| x[i].clone().reshape([batch, n, h, size]);
         flat(attention(
             shaped(0, queries, heads),
             shaped(1, tokens, groups),
             shaped(2, tokens, groups),
-            spec,
+            spec.clone(),
         ))
     })
 }

@@ -200,6 +200,42 @@ fn queries_behind_a_cache_agree_with_the_dense_form() {
     }
 }
 
+/// Keys that end where the queries begin, or before: as many as queries, more, and tiles of both.
+#[test]
+fn queries_behind_all_keys_agree_with_the_dense_form() {
+    for (queries, offset, window) in [
+        (7, 7, Some(8)),
+        (4, 7, Some(8)),
+        (7, 7, Some(10)),
+        (3, 9, Some(8)),
+        (7, 7, None),
+    ] {
+        let sizes = Sizes { queries, ..SMALL };
+        compare("behind", sizes, spec(window, offset, None));
+    }
+    let sizes = Sizes {
+        rows: 1,
+        queries: 300,
+        keys: 300,
+        ..SMALL
+    };
+    compare("behind, tiles", sizes, spec(Some(301), 300, None));
+}
+
+/// The last of these queries would see nothing.
+#[test]
+#[should_panic(expected = "do not fit")]
+fn queries_that_see_no_key_are_refused() {
+    compare("behind", SMALL, spec(Some(7), 7, None));
+}
+
+/// Neither all of these queries have keys of their own, nor none.
+#[test]
+#[should_panic(expected = "do not fit")]
+fn queries_that_reach_past_the_keys_are_refused() {
+    compare("past", SMALL, spec(Some(8), 3, None));
+}
+
 /// A token that sees only itself returns its own value, whatever its score.
 #[test]
 fn window_one_returns_the_values() {

@@ -43,13 +43,15 @@ __device__ __forceinline__ int document_start(const int *starts, int documents, 
     return documents ? starts[low] / heads - row * tokens : 0;
 }
 
-// q, dy, dq: [B, N, H, size]; k, v: [B, S, G, size], with q_row and k_row elements between neighbouring tokens of q and
-// dq, of k and v. Whole rows have no documents, and lse, δ: [B, H, N]; packed ones have [B, N, H].
+// q, dy, dq: [B, N, H, size]; k, v: [B, S, G, size], with q_row, dq_row and k_row elements between neighbouring tokens of
+// q, of dq, of k and v. Query i sees keys from i − window + 1 to i + ahead. Whole rows have no documents, and lse, δ:
+// [B, H, N]; packed ones have [B, N, H].
 // E: size rounded up to 64 or 128. 128 threads.
 template <int E>
 __device__ __forceinline__ void attention_dq(u16 *dq, const u16 *q, const u16 *k, const u16 *v, const u16 *dy, const float *lse,
                                              const float *delta, const int *starts, int documents, int queries, int keys, int heads,
-                                             int groups, int size, int q_row, int k_row, int window, float scale) {
+                                             int groups, int size, int q_row, int dq_row, int k_row, int window, int ahead,
+                                             float scale) {
     constexpr int PARTS = E / 8;
     __shared__ uint4 ks[DQ_KEYS * PARTS], vs[DQ_KEYS * PARTS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -86,7 +88,7 @@ __device__ __forceinline__ void attention_dq(u16 *dq, const u16 *q, const u16 *k
         for (int c = 0; c < 4; c++) sum[n][c] = 0.f;
 
     const int begin = max(document_start(starts, documents, heads, b, queries, block), block - window + 1);
-    const int end = min(min(block + DQ_ROWS, queries), keys);
+    const int end = min(min(block + DQ_ROWS, queries) + ahead, keys);
     for (int j0 = begin / DQ_KEYS * DQ_KEYS; j0 < end; j0 += DQ_KEYS) {
         __syncthreads(); // the last tile has been read
         for (int c = threadIdx.x; c < DQ_KEYS * PARTS; c += 128) {
@@ -115,7 +117,7 @@ __device__ __forceinline__ void attention_dq(u16 *dq, const u16 *q, const u16 *k
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     const int r = c / 2, j = j0 + kk + 8 * n + 2 * t + c % 2;
-                    const bool seen = j >= first[r] && j <= i0 + 8 * r && j < keys;
+                    const bool seen = j >= first[r] && j <= i0 + 8 * r + ahead && j < keys;
                     s[n][c] = seen ? exp2f(s[n][c] * scale * log2e - top[r]) * (dp[n][c] - d[r]) : 0.f;
                 }
             const u32 a[4] = {pack(s[0][0], s[0][1]), pack(s[0][2], s[0][3]), pack(s[1][0], s[1][1]), pack(s[1][2], s[1][3])};
@@ -132,7 +134,7 @@ __device__ __forceinline__ void attention_dq(u16 *dq, const u16 *q, const u16 *k
     for (int r = 0; r < 2; r++) {
         const int i = i0 + 8 * r;
         if (i >= queries) continue;
-        const u64 at = ((u64)b * queries + i) * q_row + head * size;
+        const u64 at = ((u64)b * queries + i) * dq_row + head * size;
 #pragma unroll
         for (int n = 0; n < E / 8; n++) {
             const int e = 8 * n + 2 * t;
@@ -145,9 +147,9 @@ __device__ __forceinline__ void attention_dq(u16 *dq, const u16 *q, const u16 *k
     extern "C" __global__ void __launch_bounds__(128)                                                                             \
         attention_dq_##E(u16 *dq, const u16 *q, const u16 *k, const u16 *v, const u16 *dy, const float *lse, const float *delta,  \
                          const int *starts, int documents, int queries, int keys, int heads, int groups, int size, int q_row,     \
-                         int k_row, int window, float scale) {                                                                    \
-        attention_dq<E>(dq, q, k, v, dy, lse, delta, starts, documents, queries, keys, heads, groups, size, q_row, k_row, window, \
-                        scale);                                                                                                   \
+                         int dq_row, int k_row, int window, int ahead, float scale) {                                             \
+        attention_dq<E>(dq, q, k, v, dy, lse, delta, starts, documents, queries, keys, heads, groups, size, q_row, dq_row, k_row, \
+                        window, ahead, scale);                                                                                    \
     }
 DQ_KERNEL(64)
 DQ_KERNEL(128)

@@ -46,41 +46,36 @@ impl LogSumExp {
     }
 }
 
-/// x with its tokens turned round, the last one first: `[B, N, H, E]`.
-pub fn turned(x: &Tensor<4>) -> Tensor<4> {
-    #[cfg(feature = "cuda")]
-    if let Some(turned) = crate::cuda::attention_merge::turned(x) {
-        return turned;
-    }
-    x.clone().flip([1])
-}
-
-/// The values `[B, N, H, E]` and log-sum-exps `[B, H, N]` of two parts, the second with its tokens turned
-/// round: those of all keys.
+/// `own`, the values of queries, and their sums, with the values `[B, n, H, E]` and log-sum-exps `[B, H, n]`
+/// that the first n of them have from other keys, `more`.
 pub fn merged(
-    (first, of_first): (&Tensor<4>, &Tensor<3>),
-    (second, of_second): (&Tensor<4>, &Tensor<3>),
-) -> (Tensor<4>, Tensor<3>) {
+    own: Tensor<4>,
+    sums: LogSumExp,
+    more: (&Tensor<4>, &Tensor<3>),
+) -> (Tensor<4>, LogSumExp) {
     #[cfg(feature = "cuda")]
-    if let Some(merged) =
-        crate::cuda::attention_merge::merged((first, of_first), (second, of_second))
-    {
-        return merged;
-    }
-    let of_second = of_second.clone().flip([2]);
+    let (own, sums) = match crate::cuda::attention_merge::merge(own, sums, more) {
+        (own, sums, true) => return (own, sums),
+        (own, sums, false) => (own, sums),
+    };
+    let (second, of_second) = more;
+    let [rows, count, _, _] = second.dims();
+    let first = own.clone().slice([0..rows, 0..count]);
+    let of_first = sums.first(count);
     let largest = of_first.clone().max_pair(of_second.clone());
     let part = |sums: &Tensor<3>| (sums.clone() - largest.clone()).exp();
-    let sums = (part(of_first) + part(&of_second)).log() + largest.clone();
-    let share = |x: Tensor<4>, of: &Tensor<3>| {
-        // [B, N, H, 1]
-        let share: Tensor<4> = (of.clone() - sums.clone())
+    let of_both = (part(&of_first) + part(of_second)).log() + largest.clone();
+    let share = |x: &Tensor<4>, of: &Tensor<3>| {
+        // [B, n, H, 1]
+        let share: Tensor<4> = (of.clone() - of_both.clone())
             .exp()
             .swap_dims(1, 2)
             .unsqueeze_dim(3);
-        widen(x) * share
+        widen(x.clone()) * share
     };
-    let values = share(first.clone(), of_first) + share(second.clone().flip([1]), &of_second);
-    (cast(values, first.dtype()), sums)
+    let both = share(&first, &of_first) + share(second, of_second);
+    let output = own.slice_assign([0..rows, 0..count], cast(both, first.dtype()));
+    (output, sums.with_first(of_both))
 }
 
 #[cfg(test)]
@@ -94,33 +89,51 @@ mod tests {
         normal(shape, 1.0, seed, &Device::flex(), DType::F64)
     }
 
-    /// One softmax over all scores is that over two parts of them, merged; and a part that is out of reach
-    /// leaves the other as it is, bit for bit.
+    /// One softmax over all scores is that over two parts of them, merged, whatever the queries behind the
+    /// first ones have; and a part that is out of reach leaves the other as it is, bit for bit.
     #[test]
     fn parts_of_a_softmax_make_the_whole() {
-        let [rows, heads, n, keys, size] = [2, 3, 5, 8, 4];
+        let [rows, heads, n, keys, size, count] = [2, 3, 5, 8, 4, 3];
         // [B, H, N, S], [B, H, S, E]
         let scores = seeded([rows, heads, n, keys], 1).mul_scalar(3.0);
         let v = seeded([rows, heads, keys, size], 2);
-        let softmax = |from: usize, count: usize| {
-            let weights = scores.clone().narrow(3, from, count).exp();
+        let softmax = |from: usize, len: usize| {
+            let weights = scores.clone().narrow(3, from, len).exp();
             let sum = weights.clone().sum_dim(3);
-            let values = weights.matmul(v.clone().narrow(2, from, count)) / sum.clone();
+            let values = weights.matmul(v.clone().narrow(2, from, len)) / sum.clone();
             let sums: Tensor<3> = sum.log().squeeze_dim(3);
             (values.swap_dims(1, 2), sums)
         };
+        let sums = |values: &Tensor<3>, by_token: bool| LogSumExp {
+            values: match by_token {
+                true => values.clone().swap_dims(1, 2),
+                false => values.clone(),
+            },
+            by_token,
+        };
+        let first = |x: &Tensor<4>| x.clone().narrow(1, 0, count);
         let (all, of_all) = softmax(0, keys);
-        let (first, of_first) = softmax(0, 3);
-        let (second, of_second) = softmax(3, keys - 3);
-        let (second, of_second) = (turned(&second), of_second.flip([2]));
-        let (both, of_both) = merged((&first, &of_first), (&second, &of_second));
-        // A few roundings of f64.
-        assert!(relative_error_of(&values(&both), &values(&all)) < 1e-14);
-        assert!(relative_error_of(&values(&of_both), &values(&of_all)) < 1e-14);
-        let nothing = of_second.zeros_like().sub_scalar(1e30);
-        let (one, of_one) = merged((&first, &of_first), (&second, &nothing));
-        assert_eq!(values(&one), values(&first));
-        assert_eq!(values(&of_one), values(&of_first));
+        let (one, of_one) = softmax(0, 3);
+        let (more, of_more) = softmax(3, keys - 3);
+        let (more, of_more) = (first(&more), of_more.narrow(2, 0, count));
+        // Those of all keys, then those of some.
+        let expected = Tensor::cat(
+            vec![first(&all), one.clone().narrow(1, count, n - count)],
+            1,
+        );
+        let rest = of_one.clone().narrow(2, count, n - count);
+        let of_expected = Tensor::cat(vec![of_all.narrow(2, 0, count), rest], 2);
+        for by_token in [false, true] {
+            let (both, of_both) = merged(one.clone(), sums(&of_one, by_token), (&more, &of_more));
+            // A few roundings of f64.
+            assert!(relative_error_of(&values(&both), &values(&expected)) < 1e-14);
+            let of_both = values(&of_both.first(n));
+            assert!(relative_error_of(&of_both, &values(&of_expected)) < 1e-14);
+            let nothing = of_more.zeros_like().sub_scalar(1e30);
+            let (same, of_same) = merged(one.clone(), sums(&of_one, by_token), (&more, &nothing));
+            assert_eq!(values(&same), values(&one));
+            assert_eq!(values(&of_same.first(n)), values(&of_one));
+        }
     }
 
     #[test]
@@ -138,7 +151,7 @@ mod tests {
         let by_head = by_head.with_first(other.clone());
         let by_token = by_token.with_first(other.clone());
         assert_eq!(values(&by_head.first(4)), values(&other));
-        let turned = by_token.values.clone().swap_dims(1, 2);
-        assert_eq!(values(&turned), values(&by_head.values));
+        let swapped = by_token.values.clone().swap_dims(1, 2);
+        assert_eq!(values(&swapped), values(&by_head.values));
     }
 }

@@ -21,7 +21,8 @@ pub struct AttentionSpec {
     pub window: Option<usize>,
     /// Factor on the scores, usually E^−½.
     pub scale: f64,
-    /// Position of the first query among the keys: 0 in training, the cache's length in decoding.
+    /// Position of the first query among the keys: 0 in training, the cache's length in decoding; that
+    /// behind the last key where queries see none of their own.
     pub query_offset: usize,
     /// A query sees keys of its own document only. Positions are those of the keys; `None`: each
     /// row is one document.
@@ -37,6 +38,13 @@ impl AttentionSpec {
         self.packing.as_ref().is_some_and(part)
     }
 
+    /// Whether `queries` queries of whole rows stand behind all of `keys` keys, and each sees one.
+    pub(crate) fn is_behind(&self, queries: usize, keys: usize) -> bool {
+        let whole = self.packing.as_ref().is_none_or(Packing::is_whole_rows);
+        let sees = |window| self.query_offset + queries < keys + window;
+        whole && keys > 0 && self.query_offset >= keys && self.window.is_none_or(sees)
+    }
+
     /// Whether other ranks have keys that these queries see, and nothing says which ranks.
     pub(crate) fn lacks_context(&self) -> bool {
         self.is_part() && self.context.is_none()
@@ -50,13 +58,13 @@ impl AttentionSpec {
 /// softmax are taken in f32. Memory is linear in N: scores live for one tile of queries at a time.
 ///
 /// # Panics
-/// If H is not a multiple of G, the queries reach past the keys, or rows are a part and there is no
-/// context.
+/// If H is not a multiple of G, some queries reach past the keys and others do not, one sees no key, or
+/// rows are a part and there is no context.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: AttentionSpec) -> Tensor<4> {
     let ([_, queries, heads, _], [_, keys, groups, _]) = (q.dims(), k.dims());
     assert_eq!(heads % groups, 0, "query heads in whole groups");
     assert!(
-        spec.query_offset + queries <= keys,
+        spec.query_offset + queries <= keys || spec.is_behind(queries, keys),
         "{queries} queries from position {} do not fit {keys} keys",
         spec.query_offset
     );

@@ -18,7 +18,7 @@ struct Tile {
     keys: Range<usize>,
 }
 
-fn tiles(queries: usize, spec: &AttentionSpec) -> Vec<Tile> {
+fn tiles(queries: usize, keys: usize, spec: &AttentionSpec) -> Vec<Tile> {
     (0..queries)
         .step_by(TILE)
         .map(|begin| {
@@ -27,7 +27,7 @@ fn tiles(queries: usize, spec: &AttentionSpec) -> Vec<Tile> {
             let oldest = spec.window.map_or(0, |w| (first + 1).saturating_sub(w));
             Tile {
                 queries: begin..end,
-                keys: oldest..spec.query_offset + end,
+                keys: oldest..keys.min(spec.query_offset + end),
             }
         })
         .collect()
@@ -95,9 +95,9 @@ pub fn forward(
 ) -> (Tensor<4>, Tensor<3>) {
     let dtype = q.dtype();
     let [batch, queries, heads, _] = q.dims();
-    let groups = k.dims()[2];
+    let [_, keys, groups, _] = k.dims();
     let (mut outputs, mut sums) = (vec![], vec![]);
-    for tile in tiles(queries, spec) {
+    for tile in tiles(queries, keys, spec) {
         let tq = by_group(&q, &tile.queries, groups).mul_scalar(spec.scale);
         let (tk, tv) = (
             by_group(&k, &tile.keys, groups),
@@ -150,12 +150,13 @@ pub fn backward(
     dy: Tensor<4>,
     spec: &AttentionSpec,
 ) -> [Tensor<4>; 3] {
-    let (dtype, groups) = (q.dtype(), k.dims()[2]);
+    let dtype = q.dtype();
+    let [_, keys, groups, _] = k.dims();
     let [batch, queries, heads, _] = q.dims();
     let mut dqs = vec![];
     let mut dk = widen(k.zeros_like());
     let mut dv = widen(v.zeros_like());
-    for tile in tiles(queries, spec) {
+    for tile in tiles(queries, keys, spec) {
         let tn = tile.queries.len();
         let tq = by_group(&q, &tile.queries, groups).mul_scalar(spec.scale);
         let (tk, tv) = (

@@ -2,7 +2,7 @@
 //!
 //! Either the keys travel: a rank fetches those that its queries see from the ranks before it, and the
 //! gradients of these go back there. With a window that is a strip of window − 1 tokens, whatever the
-//! length of a row, and only the first queries look at it: what they see there is one causal square, and
+//! length of a row, and only the first queries look at it: what they see there is half of a square, and
 //! everything else is the attention of this rank's own tokens, which is done while the strip is on its
 //! way. Where it is no square, the first queries are done apart, with the few keys that they see. Or the
 //! heads travel: each rank gets some heads of all tokens.
@@ -197,12 +197,8 @@ impl SharedAttention {
             // The backward pass multiplies the sums of the first queries by their gradient, zero.
             OfFirst::Apart { output, saved } => (replaced(own, *output), sums, First::Apart(saved)),
             OfFirst::Square(square) => {
-                let (output, sums) = self.with_square(&square, &own, sums);
-                (
-                    replaced(own, output),
-                    sums,
-                    First::Square(Box::new(square.strip)),
-                )
+                let (output, sums) = self.with_square(&square, own, sums);
+                (output, sums, First::Square(Box::new(square.strip)))
             }
         }
     }

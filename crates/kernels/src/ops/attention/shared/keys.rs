@@ -75,7 +75,7 @@ pub enum OfFirst {
 pub enum First {
     /// They were done with all the keys that they see.
     Apart(Box<Saved>),
-    /// Keys and values of the strip, turned round; the rest is with all queries.
+    /// Keys and values of the strip; the rest is with all queries.
     Square(Box<[Tensor<4>; 2]>),
 }
 

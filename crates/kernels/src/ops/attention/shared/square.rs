@@ -1,9 +1,9 @@
-//! The first queries and the strip of keys before them, as one causal square.
+//! The first queries and the strip of keys before them, as a square of which they see the upper triangle.
 //!
-//! n = window − 1. Query i of a part sees of the strip's n tokens those from i on: with both turned
-//! round, query n − 1 − i and keys up to n − 1 − i, causal attention without a window and without an own
-//! key in it. What the queries see of their own part is what the attention of the part gives anyway, and
-//! both are merged ([`crate::ops::attention`]'s `merge`), so that nothing is computed twice.
+//! n = window − 1. Query i of a part sees of the strip's n tokens those from i on: it stands behind all of
+//! them, n + i tokens behind the first. What the queries see of their own part is what the attention of the
+//! part gives anyway, and both are merged ([`crate::ops::attention`]'s `merge`), so that nothing is computed
+//! twice.
 //!
 //! A document that begins inside the strip would cut the square at its keys: then the first queries are
 //! done with all their keys, apart. One that ends among the queries leaves some that see nothing of the
@@ -13,10 +13,10 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::{SharedAttention, gradients, run};
 use crate::context::Fault;
-use crate::ops::attention::merge::{LogSumExp, merged, turned};
+use crate::ops::attention::merge::{LogSumExp, merged};
 use crate::ops::attention::{Attention, AttentionSpec};
 
-/// What a square gives before it is merged, with its tokens turned round.
+/// What a square gives before it is merged.
 #[derive(Debug)]
 pub struct Square {
     /// `[B, n, H, E]`
@@ -65,17 +65,20 @@ impl SharedAttention {
         rows.map(seeing).collect()
     }
 
-    /// The square of `q` and the strip `[k, v]`, where it is one.
+    /// The square of `q` and the strip `[k, v]`, where it is one, and the device has a form for it.
     pub(super) fn over_square(&self, q: &Tensor<4>, strip: &[Tensor<4>; 2]) -> Option<Square> {
         let seeing = self.square()?;
-        let strip = strip.each_ref().map(turned);
+        #[cfg(feature = "cuda")]
+        if crate::cuda::attention::lacks_bands(q) {
+            return None;
+        }
         let [k, v] = strip.clone();
-        let (output, (.., sums)) = run(&self.turned(), [turned(q), k, v]);
+        let (output, (.., sums)) = run(&self.over_strip(), [q.clone(), k, v]);
         let sums = taken_out(sums.values, &seeing, -FAR);
         Some(Square {
             output,
             sums,
-            strip,
+            strip: strip.clone(),
         })
     }
 
@@ -83,40 +86,37 @@ impl SharedAttention {
     pub(super) fn with_square(
         &self,
         square: &Square,
-        own: &Tensor<4>,
+        own: Tensor<4>,
         sums: LogSumExp,
     ) -> (Tensor<4>, LogSumExp) {
-        let n = square.output.dims()[1];
-        let own = super::along(own, 0..n);
-        let (output, merged) = merged((&own, &sums.first(n)), (&square.output, &square.sums));
-        match self.context.planted(Fault::SumsOfOwnKeys) {
-            true => (output, sums),
-            false => (output, sums.with_first(merged)),
-        }
+        let of_own = self
+            .context
+            .planted(Fault::SumsOfOwnKeys)
+            .then(|| sums.clone());
+        let (output, sums) = merged(own, sums, (&square.output, &square.sums));
+        (output, of_own.unwrap_or(sums))
     }
 
     /// dq of the first queries, as far as it comes from the strip, and dk and dv of the strip.
     pub(super) fn square_backward(&self, [k, v]: [Tensor<4>; 2], first: Merged) -> [Tensor<4>; 3] {
-        let [q, output, dy] = [&first.q, &first.output, &first.dy].map(turned);
-        let sums = first.sums.flip([2]);
         let sums = match self.square() {
             // Without weights, and so without gradients.
-            Some(seeing) => taken_out(sums, &seeing, FAR),
-            None => sums,
+            Some(seeing) => taken_out(first.sums, &seeing, FAR),
+            None => first.sums,
         };
         let sums = LogSumExp {
             values: sums,
             by_token: false,
         };
-        let saved = (q, k, v, output, sums);
-        gradients(self.turned(), saved, dy).map(|gradient| turned(&gradient))
+        let saved = (first.q, k, v, first.output, sums);
+        gradients(self.over_strip(), saved, first.dy)
     }
 
-    /// Causal attention of whole rows.
-    fn turned(&self) -> Attention {
+    /// Attention of the first queries to the strip, which ends where they begin.
+    fn over_strip(&self) -> Attention {
         Attention {
             spec: AttentionSpec {
-                window: None,
+                query_offset: self.first_queries(),
                 packing: None,
                 context: None,
                 ..self.spec.clone()
@@ -125,14 +125,14 @@ impl SharedAttention {
     }
 }
 
-/// Log-sum-exps `[B, H, n]` of queries that are turned round, moved by `far` where they see nothing: of
-/// row b, all but the first `seeing[b]` queries.
+/// Log-sum-exps `[B, H, n]` of the first queries, moved by `far` where they see nothing: of row b, all but
+/// the first `seeing[b]`.
 fn taken_out(sums: Tensor<3>, seeing: &[usize], far: f64) -> Tensor<3> {
     let [rows, heads, n] = sums.dims();
     if seeing.iter().all(|&count| count == n) {
         return sums;
     }
-    let row = |&count: &usize| (0..n).map(move |i| if i < n - count { far } else { 0.0 });
+    let row = |&count: &usize| (0..n).map(move |i| if i < count { 0.0 } else { far });
     let data = TensorData::new(seeing.iter().flat_map(row).collect(), [rows, 1, n]);
     let moved = Tensor::<3>::from_data(data, (&sums.device(), sums.dtype()));
     sums + moved.expand([rows, heads, n])
