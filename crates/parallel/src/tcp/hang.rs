@@ -16,12 +16,15 @@
 //! a rank whose device waits while another is at a long task. Such a rank speaks later ([`FIRST`]): it is not
 //! the one to blame.
 //!
+//! The device is asked by one more thread, since its driver may not answer either (`device.rs`).
+//!
 //! The clock counts looks and not hours, so that a process that was stopped and goes on has not aged.
 
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::device::Answers;
 use super::life::{Done, Life};
 use super::{Letter, Received};
 use crate::activity::{Activity, Patience, Seen};
@@ -112,26 +115,6 @@ pub(super) fn last_words(heard: &Heard, rank: usize) -> String {
     said.map_or(String::new(), |said| format!(" (last at: {})", said.what))
 }
 
-/// What is seen of a rank's device.
-#[derive(Clone, Copy, Debug)]
-pub struct DeviceSigns {
-    /// Whether it waits for those of other ranks.
-    pub waits: fn() -> bool,
-    /// Marks the place that the main thread has come to in what the device has to do.
-    pub mark: fn(),
-    /// How many marks it has passed, and how many are before it.
-    pub marks: fn() -> (u64, usize),
-}
-
-impl DeviceSigns {
-    /// Those of a device that computes while the main thread waits.
-    pub const NONE: Self = Self {
-        waits: || false,
-        mark: || (),
-        marks: || (0, 0),
-    };
-}
-
 /// What a rank sees beside itself.
 #[derive(Clone, Copy, Debug, Default)]
 struct Around {
@@ -214,8 +197,13 @@ impl Clock {
     }
 
     fn between(&self) -> Duration {
-        self.deadline / LOOKS
+        between(self.deadline)
     }
+}
+
+/// How far apart looks are.
+pub(super) fn between(deadline: Duration) -> Duration {
+    deadline / LOOKS
 }
 
 /// What the thread needs of the connections, without keeping them open.
@@ -225,7 +213,7 @@ pub(super) struct Watched {
     pub mailbox: Arc<Received>,
     pub heard: Arc<Heard>,
     pub queues: Vec<Sender<Letter>>,
-    pub device: DeviceSigns,
+    pub device: Answers,
 }
 
 impl Watched {
@@ -236,9 +224,10 @@ impl Watched {
         while !self.mailbox.over_within(clock.between()) {
             let passed = last.elapsed();
             last = Instant::now();
-            let (marks, left) = (self.device.marks)();
+            let device = self.device.last();
+            let (marks, left) = device.marks;
             self.activity.marks(marks, left);
-            let (seen, around) = (self.activity.look(), self.around());
+            let (seen, around) = (self.activity.look(), self.around(device.waits));
             let idle = life.idle(Done::seen, passed);
             if let Some(beyond) = clock.look(&seen, idle, &around, passed) {
                 if around.device_waits && beyond < FIRST.max(2 * clock.between()) {
@@ -254,8 +243,7 @@ impl Watched {
         }
     }
 
-    fn around(&self) -> Around {
-        let device_waits = (self.device.waits)();
+    fn around(&self, device_waits: bool) -> Around {
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         let all = heard.iter().flatten();
         let patience = all.clone().map(|said| said.patience).max();

@@ -11,7 +11,8 @@
 //! with its name. A rank that fails says why before it goes, and so does one that finds itself hanging
 //! while its threads still beat (`hang.rs`).
 
-pub mod frame;
+pub mod device;
+mod frame;
 mod greeting;
 mod hang;
 mod life;
@@ -34,10 +35,11 @@ use crate::activity::Activity;
 use crate::group::CommError;
 use crate::host::{HostGroup, Transport};
 use crate::mailbox::{Mailbox, Operation, Tag};
+use device::Answers;
 use frame::{Header, Kind, WireType, read_frame, write_frame};
 use hang::{Heard, Said, Watched, hear, last_words, went_on};
 
-pub use hang::DeviceSigns;
+pub use device::DeviceSigns;
 pub use rendezvous::Meeting;
 
 /// Heartbeats per deadline: several may be late before a rank is given up.
@@ -289,12 +291,13 @@ impl Tcp {
     /// If there can be no thread that looks.
     pub fn watch_over(&self, device: DeviceSigns) -> Result<(), CommError> {
         self.activity().mark_with(device.mark);
+        let answers = Answers::default();
         let watched = Watched {
             rank: self.rank,
             activity: self.shared.activity.clone(),
             mailbox: self.shared.mailbox.clone(),
             heard: self.shared.heard.clone(),
-            device,
+            device: answers.clone(),
             queues: self
                 .peers
                 .iter()
@@ -302,12 +305,13 @@ impl Tcp {
                 .map(|p| p.queue.clone())
                 .collect(),
         };
-        let deadline = self.shared.deadline;
-        let started = std::thread::Builder::new()
-            .name("watch".into())
-            .spawn(move || watched.watch(deadline));
+        let (deadline, mailbox) = (self.shared.deadline, self.shared.mailbox.clone());
+        let thread = |name: &str| std::thread::Builder::new().name(name.into());
+        let between = hang::between(deadline);
+        let asks = thread("device").spawn(move || answers.ask(device, &mailbox, between));
+        let watches = thread("watch").spawn(move || watched.watch(deadline));
         let failed = |error| CommError::Start(format!("cannot start a thread: {error}"));
-        started.map(drop).map_err(failed)
+        asks.and(watches).map(drop).map_err(failed)
     }
 
     /// Tells all others that this rank ends because of `reason`. Where another's failure is the

@@ -268,3 +268,34 @@ fn the_rank_that_others_wait_for_is_named() {
         });
     }
 }
+
+/// A driver that never answers keeps no rank from saying that it hangs.
+#[test]
+fn a_device_that_cannot_be_asked_is_one_that_hangs() {
+    fn never() -> (u64, usize) {
+        loop {
+            std::thread::park();
+        }
+    }
+    std::thread::scope(|scope| {
+        for meeting in meetings(2) {
+            scope.spawn(move || {
+                let group = connect(&meeting).expect("both come");
+                let (tcp, first) = (group.transport(), meeting.rank == 0);
+                tcp.activity().at("step 5");
+                let resting = first.then(|| tcp.activity().wait());
+                let signs = match first {
+                    true => DeviceSigns::NONE,
+                    false => DeviceSigns {
+                        marks: never,
+                        ..DeviceSigns::NONE
+                    },
+                };
+                tcp.watch_over(signs).expect("a thread");
+                let reason = tcp.watch().wait().expect("one hangs");
+                assert!(reason.contains("rank 1 hangs"), "{reason}");
+                drop(resting);
+            });
+        }
+    });
+}
