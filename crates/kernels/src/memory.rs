@@ -33,6 +33,13 @@ pub fn usage(device: &Device) -> Option<Usage> {
     }
 }
 
+/// Runs `make` on `input`; what it allocates on `device` gets memory of just its size. For what lives as long as
+/// a run: the pools for all else have pages as large as the largest tensor, and would keep rests between it.
+/// What such memory was for once, the like of it gets again, if that is made here, too.
+pub fn lasting<I: Send, T: Send>(device: &Device, input: I, make: impl Fn(I) -> T + Send) -> T {
+    device.memory_persistent_allocations(input, make)
+}
+
 /// Whether a [`Watch`] is kept.
 static WATCHED: AtomicBool = AtomicBool::new(false);
 /// The most that was seen meanwhile.

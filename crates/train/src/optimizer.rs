@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Device, Tensor};
 use glob::Pattern;
+use ttt_kernels::memory;
 use ttt_kernels::ops::adamw::{AdamW, Moments, adamw_step, square_sum};
 use ttt_kernels::ops::flat::{Part, joined};
 use ttt_kernels::ops::master::Master;
@@ -189,12 +190,16 @@ impl Updater {
             firsts.push(moments.first);
             seconds.push(moments.second);
         }
-        let join = |parts| Tensor::cat(parts, 0);
-        let moments = Moments {
-            first: join(firsts),
-            second: join(seconds),
-        };
-        unit.update(Master::cat(masters), moments);
+        let device = scale.device();
+        let joined = memory::lasting(&device, (masters, firsts, seconds), |all| {
+            let (masters, firsts, seconds) = all;
+            let moments = Moments {
+                first: Tensor::cat(firsts, 0),
+                second: Tensor::cat(seconds, 0),
+            };
+            (Master::cat(masters), moments)
+        });
+        unit.update(joined.0, joined.1);
     }
 
     /// The stretches of a unit's shard that have one learning rate, and its factor.

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, Tensor};
+use ttt_kernels::memory;
 use ttt_kernels::ops::adamw::Moments;
 use ttt_kernels::ops::flat::{Part, accumulate, joined};
 use ttt_kernels::ops::master::Master;
@@ -95,13 +96,17 @@ impl UnitState {
             _ => len,
         };
         let zeros = || Tensor::<1>::zeros([len], (device, DType::F32));
-        Self {
-            unit,
-            master: Master::new(master, wide, device),
-            moments: Moments {
+        let (master, moments) = memory::lasting(device, master, |master| {
+            let moments = Moments {
                 first: zeros(),
                 second: zeros(),
-            },
+            };
+            (Master::new(master, wide, device), moments)
+        });
+        Self {
+            unit,
+            master,
+            moments,
             layout,
             gradient: None,
             ready: None,

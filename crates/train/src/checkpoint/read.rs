@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use ttt_kernels::memory;
 use ttt_kernels::ops::adamw::Moments;
 use ttt_model::{ModelConfig, Unit};
 use ttt_parallel::Mesh;
@@ -158,7 +159,8 @@ impl Checkpoint {
                 let values = read_shard(&optimizer, kind, &state.layout, mesh)?;
                 let len = values.len();
                 let data = TensorData::new(values, [len]);
-                Ok::<_, TrainError>(Tensor::from_data(data, (device, DType::F32)))
+                let tensor = |data| Tensor::from_data(data, (device, DType::F32));
+                Ok::<_, TrainError>(memory::lasting(device, data, tensor))
             };
             let (first, second) = (moment(FIRST)?, moment(SECOND)?);
             state.moments = Moments { first, second };
