@@ -20,6 +20,7 @@ pub const SOURCE: &str = concat!(
     include_str!("source/heads.cu"),
     include_str!("source/hopper.cu"),
     include_str!("source/hopper_gated.cu"),
+    include_str!("source/hopper_scan.cu"),
     include_str!("source/conv.cu"),
     include_str!("source/scan.cu"),
     include_str!("source/loss.cu"),
@@ -272,6 +273,7 @@ impl Context<'_> {
                 Arg::Parts(v) => (v as *const [u64; 26]).cast_mut().cast(),
                 Arg::Floats(v) => (v as *const [f32; 7]).cast_mut().cast(),
                 Arg::Map(v) => (v as *const [u64; 16]).cast_mut().cast(),
+                Arg::Chains(v) => (v as *const [u32; 32]).cast_mut().cast(),
             })
             .collect();
         let (stream, told, extents) = (self.stream, self.work.take(), &self.extents);

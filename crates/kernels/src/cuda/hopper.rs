@@ -12,8 +12,8 @@ use super::stream::{Arg, Context};
 use crate::work::Work;
 
 /// As in the source: rows and columns of a tile, its depth, stages of shared memory.
-const TILE: usize = 128;
-const DEPTH: usize = 64;
+pub(super) const TILE: usize = 128;
+pub(super) const DEPTH: usize = 64;
 const STAGES: usize = 6;
 
 /// Columns of each half of a tile of the forward products, and their stages.
@@ -60,7 +60,7 @@ pub fn gated_fits(d: usize, f: usize) -> bool {
 }
 
 /// Threads of a block: a warpgroup that loads, two that multiply.
-const THREADS: u32 = 384;
+pub(super) const THREADS: u32 = 384;
 
 /// `[rows, columns]` bf16 in boxes of `height` × 64, in the swizzle that the kernels expect.
 fn map(matrix: &Matrix, height: usize) -> Result<Arg, String> {

@@ -23,6 +23,7 @@ mod gemm_plan;
 mod gradient;
 mod heads;
 mod hopper;
+mod hopper_scan;
 pub mod linear;
 pub mod nccl;
 pub mod nccl_group;

@@ -161,6 +161,8 @@ pub enum Arg {
     Parts([u64; 26]),
     /// A tensor map of the copy engine.
     Map([u64; 16]),
+    /// The pieces of documents: `Chains` in `source/hopper_scan.cu`.
+    Chains([u32; 32]),
 }
 
 thread_local! {

@@ -3,7 +3,8 @@
 //! Only the running sums are sequential, and they are elementwise. So the pieces of a row are taken in
 //! groups: one batched GEMM makes every piece's VᵀZ, one kernel turns them into the weights that the
 //! pieces read (the state stays in f32 registers), one batched GEMM applies those. A piece's VᵀZ is
-//! rounded to bf16, as V and Z were; the state that sums them is not. The backward pass sums the very
+//! rounded to bf16, as V and Z were; the state that sums them is not. On Hopper the first two are one kernel
+//! where it keeps the GPU busy (`scanned.rs`): VᵀZ is then not rounded at all. The backward pass sums the very
 //! same terms again where a group holds its documents whole, and meets the weights of the forward pass to
 //! the bit; of a document in several groups it peels them off the last state, up to f32 rounding.
 
@@ -18,6 +19,7 @@ use crate::work::Work;
 mod ahead;
 mod backward;
 mod forward;
+mod scanned;
 mod selection;
 
 use ahead::Ahead;
@@ -25,6 +27,7 @@ pub use ahead::spend_ahead;
 pub use backward::{Backward, Kept};
 pub use forward::Forward;
 pub use selection::leave_out_always;
+pub(super) use selection::of_one_processor;
 use selection::{Run, runs};
 
 /// Bytes of each slab of piece weights.

@@ -191,6 +191,8 @@ pub fn left_out() -> Vec<Op> {
     let single = single.unwrap_or_else(|_| Packing::whole_rows(1, 64));
     let tiles = Packing::new(2048, vec![vec![0, 512, 768, 1536]]);
     let tiles = tiles.unwrap_or_else(|_| Packing::whole_rows(1, 2048));
+    let running = Packing::new(4608, vec![vec![0, 1536, 2048], vec![0, 2560]]);
+    let running = running.unwrap_or_else(|_| Packing::whole_rows(1, 4608));
     let equal = |rows, length| Packing::whole_rows(rows, length);
     let cases = [
         ("a document", equal(1, 128), 16, [96, 136]),
@@ -202,6 +204,10 @@ pub fn left_out() -> Vec<Op> {
         ("a long document", equal(2, 640), 16, [96, 136]),
         ("tiles, equal documents", equal(4, 768), 256, [128, 256]),
         ("tiles, unequal documents", tiles, 256, [64, 384]),
+        // On Hopper, running sums within the products: the last tiles of a row are not whole. Documents of a
+        // piece and of several; one in two groups.
+        ("running sums", running, 512, [256, 320]),
+        ("running sums, two groups", equal(1, 15360), 384, [256, 192]),
     ];
     let learn = |(name, packing, chunk, widths)| {
         let name = format!("pieces left out, {name}");

@@ -126,6 +126,35 @@ extern "C" __global__ void scan_backward(u16 *weights, u16 *sums, float *state, 
     store8(dw0 + at, total);
 }
 
+// What the products of `hopper_scan.cu` leave to do for dW0: its sum over the pieces of `totals`, whose slots hold those
+// of whole documents, and over the document that goes on, G before the group less G behind it (null: zero); on top of
+// what dw0 holds if it `holds` anything. The slots in `clears` then become zero.
+extern "C" __global__ void scan_totals(u16 *slots, u32 totals, u32 clears, const float *behind, const float *before, float *dw0, int holds, u64 n) {
+    const u64 at = 8 * ((u64)blockIdx.x * blockDim.x + threadIdx.x);
+    if (at >= n) return;
+    F8 total = {};
+    auto add = [&](const F8 &x, float sign) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) total.v[j] += sign * x.v[j];
+    };
+    if (holds) total = load8(dw0 + at);
+    while (totals) {
+        // Several loads under way.
+        uint4 ring[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            ring[k] = totals ? *(const uint4 *)(slots + (u64)(__ffs(totals) - 1) * n + at) : make_uint4(0, 0, 0, 0);
+            totals &= totals - 1;
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) add(unpack(ring[k]), 1.f);
+    }
+    if (before) add(load8(before + at), 1.f);
+    if (behind) add(load8(behind + at), -1.f);
+    store8(dw0 + at, total);
+    for (; clears; clears &= clears - 1) *(uint4 *)(slots + (u64)(__ffs(clears) - 1) * n + at) = make_uint4(0, 0, 0, 0);
+}
+
 // Zeros over those of `pieces`, each of n bf16, whose bit is set. Block (_, k) clears a part of the k-th.
 extern "C" __global__ void clear_pieces(u16 *pieces, u32 which, u64 n) {
     for (int k = blockIdx.y; k; k--) which &= which - 1;

@@ -5,6 +5,7 @@ use std::ops::Range;
 use burn::tensor::{DType, Tensor};
 
 use super::ahead::gather;
+use super::scanned::Sums;
 use super::selection::covered;
 use super::{
     Ahead, Group, Inputs, Pass, Shape, addresses, arrived, groups, inputs, matrices, open_at,
@@ -349,17 +350,18 @@ impl<'a> Backward<'a> {
                     }
                     let (gets, keeps) = receivers(group, &mut has_later);
                     has_state &= group.pieces.iter().all(|piece| piece.reads);
-                    if !std::mem::take(&mut filled) && !known {
-                        products.updates(cx, row, group)?;
-                    }
-                    if !ahead.is_filled(row, at) {
-                        products.gradients(cx, row, group)?;
-                    }
                     let taken = products.taken(cx, row, group, gets)?;
-                    let slabs = (if known { 0 } else { weights }, sums);
-                    let dw0 = (dw0, std::mem::replace(&mut begun, true));
+                    let to = Sums {
+                        weights: (!known).then_some(weights),
+                        sums,
+                        state,
+                        later,
+                        dw0,
+                        holds: std::mem::replace(&mut begun, true),
+                    };
+                    let there = (std::mem::take(&mut filled), ahead.is_filled(row, at));
                     let masks = [gets, keeps, covered(&taken)];
-                    pass.gradients(cx, group, slabs, ([state, later], dw0), masks)?;
+                    products.summed(cx, (row, group), there, &to, masks)?;
                     match pair {
                         Some(pair) => {
                             let at = (pair, scratch);

@@ -231,11 +231,15 @@ impl<'a> Forward<'a> {
                 for at in job.groups.clone() {
                     let group = &all[at];
                     let slab = ahead.address(s, (job.row, at), places, slab);
-                    if !ahead.is_filled(job.row, at) {
-                        pass.updates(cx, job.row, group, slab, group.writes())?;
-                    }
                     let state = if group.whole { 0 } else { state };
-                    pass.forward(cx, group, (slab, state), (next, partial))?;
+                    let (to, norms) = ((slab, state), (next, partial));
+                    let filled = ahead.is_filled(job.row, at);
+                    if filled || !pass.scanned_forward(cx, job.row, group, to, norms)? {
+                        if !filled {
+                            pass.updates(cx, job.row, group, slab, group.writes())?;
+                        }
+                        pass.forward(cx, group, to, norms)?;
+                    }
                     next += 4 * u64::from(group.ends().count_ones());
                     let z = s.rows(pass.z, job.row, group, s.f);
                     let out = s.rows(output, job.row, group, s.d);

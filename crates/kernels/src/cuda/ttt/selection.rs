@@ -58,9 +58,14 @@ impl Product {
 static ONE_PROCESSOR: AtomicBool = AtomicBool::new(false);
 
 /// From now on pieces are left out as if the GPU had a single processor: small products then take the ways
-/// of large ones. For `doctor`.
+/// of large ones, and those with running sums the kernels that else must keep the GPU busy. For `doctor`.
 pub fn leave_out_always(on: bool) {
     ONE_PROCESSOR.store(on, Ordering::Relaxed);
+}
+
+/// Whether ways are weighed as if the GPU had a single processor.
+pub fn of_one_processor() -> bool {
+    ONE_PROCESSOR.load(Ordering::Relaxed)
 }
 
 /// The runs that hold the `wanted` pieces of the products `a` `b`, one for each piece of a group; others only
@@ -70,7 +75,7 @@ pub fn runs(wanted: u32, [a, b]: [&Matrix; 2], processors: u32) -> Vec<Run> {
         tiles: a.rows.div_ceil(TILE.0) * b.columns.div_ceil(TILE.1),
         depth: a.columns,
     };
-    let processors = match ONE_PROCESSOR.load(Ordering::Relaxed) {
+    let processors = match of_one_processor() {
         true => 1,
         false => processors as usize,
     };

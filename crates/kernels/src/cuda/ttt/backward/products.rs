@@ -5,6 +5,7 @@ use burn::tensor::DType;
 use crate::cuda::gemm::Matrix;
 use crate::cuda::stream::{Arg, Context};
 use crate::cuda::sublayer::through_swiglu;
+use crate::cuda::ttt::scanned::Sums;
 use crate::cuda::ttt::selection::{Run, covered, runs};
 use crate::cuda::ttt::{Group, Pass, products};
 use crate::work::Work;
@@ -51,6 +52,35 @@ impl Products<'_> {
         let dy = s.rows(self.dy, row, group, s.d);
         let z = s.rows(self.pass.z, row, group, s.f);
         cx.gemm(dy.t(), z, s.slots(self.slabs.1, group), 1.0, 0.0)
+    }
+
+    /// The weights that the group's pieces read and the sums of later pieces, in one kernel with their products
+    /// where there is one; `there`: whether the slabs hold the products of updates, and of gradients, already.
+    pub fn summed(
+        &self,
+        cx: &mut Context,
+        (row, group): (usize, &Group),
+        there: (bool, bool),
+        to: &Sums,
+        masks: [u32; 3],
+    ) -> Result<(), String> {
+        let [gets, _, taken] = masks;
+        if there == (false, false)
+            && self
+                .pass
+                .scanned_backward(cx, row, group, self.dy, to, (gets, taken))?
+        {
+            return Ok(());
+        }
+        if !there.0 && to.weights.is_some() {
+            self.updates(cx, row, group)?;
+        }
+        if !there.1 {
+            self.gradients(cx, row, group)?;
+        }
+        let slabs = (to.weights.unwrap_or(0), to.sums);
+        let states = ([to.state, to.later], (to.dw0, to.holds));
+        self.pass.gradients(cx, group, slabs, states, masks)
     }
 
     /// dZ = dO Wᵢ + V ηGᵢ into `dz`, that of the group.
