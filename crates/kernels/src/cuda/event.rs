@@ -6,23 +6,16 @@
 //!
 //! A GPU that works has seconds of work before it, and the host does not hear of it before the end. So
 //! there are events between, the marks ([`mark`]), which it passes as it goes on.
-//!
-//! The driver takes some thousand launches of a stream and keeps the next waiting, and with it, it seems, every
-//! thread that asks for an event. So a host that is [`AHEAD`] of its device waits before it comes to that, for
-//! an event, which keeps nobody else.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use burn::tensor::Device;
+use burn::tensor::{DType, Device, Tensor};
 use cudarc::driver::result::{DriverError, ctx, event, stream};
-use cudarc::driver::sys::{
-    CUcontext, CUevent, CUevent_flags, CUevent_wait_flags, CUstream, cuEventCreate,
-    cuLaunchHostFunc,
-};
+use cudarc::driver::sys::{CUcontext, CUevent, CUevent_flags, CUevent_wait_flags, CUstream};
 
-use super::stream::{Buffer, on_stream};
+use super::stream::{Arg, Buffer, on_stream};
 
 /// A point in the work of a stream.
 #[derive(Debug)]
@@ -36,25 +29,6 @@ unsafe impl Sync for Event {}
 impl Event {
     fn new() -> Result<Self, DriverError> {
         event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING).map(Self)
-    }
-
-    /// The same for a thread that sleeps while it waits for it.
-    fn to_wait_for(stream: CUstream) -> Result<Self, DriverError> {
-        let flags = CUevent_flags::CU_EVENT_DISABLE_TIMING as u32
-            | CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
-        let mut made = std::ptr::null_mut();
-        // SAFETY: the driver writes an event there.
-        unsafe { cuEventCreate(&mut made, flags) }.result()?;
-        let event = Self(made);
-        // SAFETY: both are live and of the current context.
-        unsafe { event::record(event.0, stream) }?;
-        Ok(event)
-    }
-
-    /// Waits until the device has come to it.
-    fn wait(&self) -> Result<(), DriverError> {
-        // SAFETY: live, and was recorded.
-        unsafe { event::synchronize(self.0) }
     }
 
     /// The point that `stream` has been given work up to.
@@ -156,10 +130,6 @@ pub fn waits_for_others() -> bool {
     all.iter().any(|flights| flights.wait())
 }
 
-/// Marks that may be before a device. Ranks mark every pass over a block, of which the longest, backward and
-/// computed anew, is some hundred launches; and six of them are work for long enough to read rows meanwhile.
-const AHEAD: usize = 6;
-
 /// A mark is asked for.
 static DUE: AtomicBool = AtomicBool::new(false);
 
@@ -170,7 +140,7 @@ static MARKS: Mutex<Option<Marks>> = Mutex::new(None);
 struct Marks {
     context: CUcontext,
     /// Not yet seen to be passed, oldest first.
-    coming: VecDeque<Arc<Event>>,
+    coming: VecDeque<Event>,
     passed: u64,
 }
 
@@ -183,31 +153,22 @@ pub fn mark() {
     DUE.store(true, Ordering::Relaxed);
 }
 
-/// The mark that is due, on the stream that is given work now; on the device thread, which then waits until
-/// the device is no more than [`AHEAD`] of them behind.
+/// The mark that is due, on the stream that is given work now; on the device thread.
 pub(super) fn keep_mark(stream: CUstream) {
     if !DUE.swap(false, Ordering::Relaxed) {
         return;
     }
     // Where the driver refuses, what is done next fails and tells; a mark alone is not missed.
-    let (Ok(Some(context)), Ok(event)) = (ctx::get_current(), Event::to_wait_for(stream)) else {
+    let (Ok(Some(context)), Ok(event)) = (ctx::get_current(), Event::on(stream)) else {
         return;
     };
-    let behind = {
-        let mut marks = locked(&MARKS);
-        let marks = marks.get_or_insert_with(|| Marks {
-            context,
-            coming: VecDeque::new(),
-            passed: 0,
-        });
-        marks.coming.push_back(Arc::new(event));
-        let most = marks.coming.len().checked_sub(1 + AHEAD);
-        most.map(|at| marks.coming[at].clone())
-    };
-    // Without the lock: others count the marks meanwhile.
-    if let Some(mark) = behind {
-        let _refused = mark.wait();
-    }
+    let mut marks = locked(&MARKS);
+    let marks = marks.get_or_insert_with(|| Marks {
+        context,
+        coming: VecDeque::new(),
+        passed: 0,
+    });
+    marks.coming.push_back(event);
 }
 
 /// How many marks the device has passed, and how many are before it. May be asked by a thread of its own
@@ -219,7 +180,7 @@ pub fn marks() -> (u64, usize) {
     };
     // SAFETY: the context of the device thread, which is not given back while the process lives.
     if unsafe { ctx::set_current(marks.context) }.is_ok() {
-        while marks.coming.front().is_some_and(|mark| mark.reached()) {
+        while marks.coming.front().is_some_and(Event::reached) {
             marks.coming.pop_front();
             marks.passed += 1;
         }
@@ -227,24 +188,18 @@ pub fn marks() -> (u64, usize) {
     (marks.passed, marks.coming.len())
 }
 
-/// Makes the device stand still for ever behind the work it has: to rehearse what happens then.
+/// Makes the device stand still for ever behind the work it has, in a kernel that does not end: to rehearse what
+/// happens then.
 ///
 /// # Errors
 /// If it is no GPU.
 pub fn stall(device: &Device) -> Result<(), String> {
-    unsafe extern "C" fn for_ever(_: *mut std::ffi::c_void) {
-        loop {
-            std::thread::park();
-        }
-    }
-    let anchor = Buffer::probe(device).ok_or("only a GPU can be made to stand still")?;
+    let never: Tensor<1> = Tensor::zeros([1], (device, DType::F32));
+    let never = Buffer::of(&never).ok_or("only a GPU can be made to stand still")?;
     let mut stalled = Err("the device thread did not answer".to_string());
     let out = &mut stalled;
-    on_stream(&[], &[&anchor], move |context, _, _| {
-        // SAFETY: the function reads nothing, and the stream is live.
-        let launched =
-            unsafe { cuLaunchHostFunc(context.stream, Some(for_ever), std::ptr::null_mut()) };
-        *out = launched.result().map_err(|error| error.to_string());
+    on_stream(&[], &[&never], move |cx, _, to| {
+        *out = cx.launch("stall", (1, 1, 1), 1, &[Arg::Ptr(to[0])]);
         out.clone()
     });
     stalled
