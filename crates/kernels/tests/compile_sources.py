@@ -43,27 +43,28 @@ def main():
     if library is None:
         print("no NVRTC: pip install nvidia-cuda-nvrtc, or set TTT_CUDA_LIBS")
         return 77
-    # The order is the program's: the sources are one unit.
+    # Each program is its sources in their order.
     with open(os.path.join(folder, "..", "compile.rs"), encoding="utf-8") as file:
-        names = re.findall(r'include_str!\("source/([a-z_]+\.cu)"\)', file.read())
-    missing = set(os.path.basename(n) for n in glob.glob(os.path.join(folder, "*.cu"))) - set(names)
-    if missing or not names:
-        print(f"not part of the program: {sorted(missing)}")
+        programs = [re.findall(r'include_str!\("source/([a-z_]+\.cu)"\)', part) for part in file.read().split("concat!(")[1:]]
+    names = set(name for program in programs for name in program)
+    missing = set(os.path.basename(n) for n in glob.glob(os.path.join(folder, "*.cu"))) - names
+    if missing or not all(programs) or not programs:
+        print(f"not part of a program: {sorted(missing)}")
         return 1
-    parts = []
+    text = {}
     for name in names:
         with open(os.path.join(folder, name), encoding="utf-8") as file:
-            parts.append(file.read())
-    source = "".join(parts)
+            text[name] = file.read()
     for architecture in architectures:
-        log = compile_source(library, source, architecture)
-        if log is not None:
-            print(f"{architecture}:\n{log}")
-            return 1
-        if compile_source(library, source + "\nthis is no CUDA\n", architecture) is None:
+        for program in programs:
+            log = compile_source(library, "".join(text[name] for name in program), architecture)
+            if log is not None:
+                print(f"{program[-1]}, {architecture}:\n{log}")
+                return 1
+        if compile_source(library, text["common.cu"] + "\nthis is no CUDA\n", architecture) is None:
             print(f"{architecture}: a broken source was accepted")
             return 1
-    print(f"{len(names)} sources for {', '.join(architectures)}")
+    print(f"{len(names)} sources in {len(programs)} programs for {', '.join(architectures)}")
     return 0
 
 

@@ -12,23 +12,35 @@ use super::stream::{Arg, Context};
 use crate::libraries::{self, cache_folder};
 use crate::work::Work;
 
-/// All sources, one program.
-pub const SOURCE: &str = concat!(
-    include_str!("source/common.cu"),
-    include_str!("source/elementwise.cu"),
-    include_str!("source/norm.cu"),
-    include_str!("source/heads.cu"),
-    include_str!("source/hopper.cu"),
-    include_str!("source/hopper_gated.cu"),
-    include_str!("source/hopper_scan.cu"),
-    include_str!("source/conv.cu"),
-    include_str!("source/scan.cu"),
-    include_str!("source/loss.cu"),
-    include_str!("source/embedding.cu"),
-    include_str!("source/attention_dq.cu"),
-    include_str!("source/attention_merge.cu"),
-    include_str!("source/optimizer.cu"),
-);
+/// The sources of each program. NVRTC takes seconds for the products for Hopper, so they are programs of their own,
+/// compiled side by side.
+const PROGRAMS: [&str; 3] = [
+    concat!(
+        include_str!("source/common.cu"),
+        include_str!("source/elementwise.cu"),
+        include_str!("source/norm.cu"),
+        include_str!("source/heads.cu"),
+        include_str!("source/conv.cu"),
+        include_str!("source/scan.cu"),
+        include_str!("source/loss.cu"),
+        include_str!("source/embedding.cu"),
+        include_str!("source/attention_dq.cu"),
+        include_str!("source/attention_merge.cu"),
+        include_str!("source/optimizer.cu"),
+    ),
+    concat!(
+        include_str!("source/common.cu"),
+        include_str!("source/elementwise.cu"),
+        include_str!("source/hopper.cu"),
+        include_str!("source/hopper_backward.cu"),
+        include_str!("source/hopper_gated.cu"),
+    ),
+    concat!(
+        include_str!("source/common.cu"),
+        include_str!("source/hopper.cu"),
+        include_str!("source/hopper_scan.cu"),
+    ),
+];
 
 /// The loaded functions, by context.
 #[derive(Default)]
@@ -37,7 +49,8 @@ pub struct Kernels {
 }
 
 struct Loaded {
-    module: sys::CUmodule,
+    /// Of each program.
+    modules: Vec<sys::CUmodule>,
     processors: u32,
     hopper: bool,
     functions: HashMap<&'static str, sys::CUfunction>,
@@ -52,6 +65,23 @@ impl Kernels {
             std::collections::hash_map::Entry::Occupied(found) => Ok(found.into_mut()),
             std::collections::hash_map::Entry::Vacant(free) => Ok(free.insert(load()?)),
         }
+    }
+}
+
+impl Loaded {
+    /// Kernel `name` of whichever program has it.
+    fn function(&self, name: &str) -> Result<sys::CUfunction, String> {
+        let symbol = CString::new(name).map_err(|e| e.to_string())?;
+        let mut found = Err("there are no programs".to_string());
+        for &module in &self.modules {
+            // SAFETY: the module is loaded and never unloaded.
+            found = unsafe { driver::module::get_function(module, symbol.clone()) }
+                .map_err(|e| format!("kernel {name}: {e}"));
+            if found.is_ok() {
+                break;
+            }
+        }
+        found
     }
 }
 
@@ -78,16 +108,32 @@ fn architecture() -> Result<String, String> {
 
 fn load() -> Result<Loaded, String> {
     let architecture = architecture()?;
-    let image = cubin(SOURCE, &architecture)?;
-    // SAFETY: a complete cubin, from NVRTC or from the cache that this program wrote.
-    let module = unsafe { driver::module::load_data(image.as_ptr().cast()) }
-        .map_err(|e| format!("the compiled kernels do not load: {e}"))?;
+    let mut modules = vec![];
+    for image in cubins(&architecture)? {
+        // SAFETY: a complete cubin, from NVRTC or from the cache that this program wrote.
+        let module = unsafe { driver::module::load_data(image.as_ptr().cast()) }
+            .map_err(|e| format!("the compiled kernels do not load: {e}"))?;
+        modules.push(module);
+    }
     let processors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
     Ok(Loaded {
-        module,
+        modules,
         processors: processors.max(1) as u32,
         hopper: architecture == "sm_90a",
         functions: HashMap::new(),
+    })
+}
+
+/// All programs for `architecture`.
+fn cubins(architecture: &str) -> Result<Vec<Vec<u8>>, String> {
+    std::thread::scope(|scope| {
+        let compile = |source| scope.spawn(move || cubin(source, architecture));
+        let threads: Vec<_> = PROGRAMS.map(compile).into_iter().collect();
+        let done = threads.into_iter().map(|thread| {
+            let ended = thread.join();
+            ended.map_err(|_| "a thread that compiled kernels panicked".to_string())?
+        });
+        done.collect()
     })
 }
 
@@ -95,7 +141,7 @@ fn load() -> Result<Loaded, String> {
 ///
 /// # Errors
 /// If NVRTC refuses the source: its log.
-pub fn cubin(source: &str, architecture: &str) -> Result<Vec<u8>, String> {
+fn cubin(source: &str, architecture: &str) -> Result<Vec<u8>, String> {
     let mut hash = DefaultHasher::new();
     (source, architecture, env!("CARGO_PKG_VERSION")).hash(&mut hash);
     let name = format!("kernels-{architecture}-{:016x}.cubin", hash.finish());
@@ -128,7 +174,7 @@ fn keep(path: &std::path::Path, image: &[u8]) -> std::io::Result<()> {
 ///
 /// # Errors
 /// If the library is missing or refuses the source.
-pub fn compile(source: &str, architecture: &str) -> Result<Vec<u8>, String> {
+fn compile(source: &str, architecture: &str) -> Result<Vec<u8>, String> {
     // SAFETY: only asks whether the library can be opened.
     if !unsafe { nvrtc_sys::is_culib_present() } {
         let (package, wheel) = ("cuda-nvrtc-13-0", "nvidia-cuda-nvrtc");
@@ -211,7 +257,7 @@ impl Context<'_> {
         Ok(self.kernels.loaded()?.processors)
     }
 
-    /// Whether the kernels of `source/hopper.cu` are there.
+    /// Whether the kernels for Hopper are there (`source/hopper_*.cu`).
     pub fn is_hopper(&mut self) -> bool {
         self.kernels.loaded().is_ok_and(|loaded| loaded.hopper)
     }
@@ -247,10 +293,7 @@ impl Context<'_> {
         let function = match loaded.functions.get(name) {
             Some(&found) => found,
             None => {
-                let symbol = CString::new(name).map_err(|e| e.to_string())?;
-                // SAFETY: the module is loaded and never unloaded.
-                let found = unsafe { driver::module::get_function(loaded.module, symbol) }
-                    .map_err(|e| format!("kernel {name}: {e}"))?;
+                let found = loaded.function(name)?;
                 if shared > 48 << 10 {
                     use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
                     // SAFETY: the function is of a loaded module.

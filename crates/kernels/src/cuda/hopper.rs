@@ -1,4 +1,4 @@
-//! Matrix products that end in SwiGLU or in a rotation, for Hopper GPUs (`source/hopper.cu`,
+//! Matrix products that end in SwiGLU or in a rotation, for Hopper GPUs (`source/hopper_backward.cu`,
 //! `source/hopper_gated.cu`): what the separate kernels read and write between the product and its last step
 //! stays in registers.
 
