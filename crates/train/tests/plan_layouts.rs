@@ -316,7 +316,7 @@ fn predictions_are_near_the_measured_peaks() {
         ("1.5b", 131_072, 1, [1, 2], 100.18),
         ("4b", 8192, 2, [2, 1], 85.59),
         ("4b", 8192, 3, [2, 1], 112.41),
-        ("14b", 8192, 2, [2, 1], 127.60),
+        ("14b", 8192, 2, [2, 1], 127.05),
     ] {
         let planned = rows(config, tokens, batch, layout);
         let off = planned / peak - 1.0;
