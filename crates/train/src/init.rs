@@ -6,6 +6,7 @@ use std::ops::Range;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, Normal};
+use rayon::prelude::*;
 use ttt_model::{Init, ParamSpec};
 
 /// Elements that are drawn one after the other. Blocks have seeds of their own, so that any core, and any
@@ -65,23 +66,8 @@ fn normals(name: &str, seed: u64, std: f64, range: Range<usize>, values: &mut [f
         rest = behind;
         parts.push((block, part));
     }
-    let workers = std::thread::available_parallelism().map_or(1, usize::from);
-    let each = parts.len().div_ceil(workers).max(1);
-    std::thread::scope(|scope| {
-        let mut shares = parts.chunks_mut(each);
-        let own = shares.next();
-        let work = |share: &mut [(usize, &mut [f32])]| {
-            for (block, part) in share {
-                one(*block, part);
-            }
-        };
-        for share in shares {
-            scope.spawn(move || work(share));
-        }
-        if let Some(share) = own {
-            work(share);
-        }
-    });
+    let parts = parts.into_par_iter();
+    parts.for_each(|(block, part)| one(block, part));
 }
 
 #[cfg(test)]

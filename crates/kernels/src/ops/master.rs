@@ -9,6 +9,7 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, bf16};
+use rayon::prelude::*;
 
 use crate::dtype::cast;
 
@@ -46,6 +47,9 @@ pub struct Master {
     pub(crate) halves: Option<Halves>,
 }
 
+/// Elements that are worth a core's turn.
+const SHARE: usize = 1 << 16;
+
 /// See [`split`].
 #[derive(Clone, Debug)]
 pub(crate) struct Halves {
@@ -57,7 +61,10 @@ pub(crate) struct Halves {
 
 impl Halves {
     fn new(values: &[f32], device: &Device) -> Self {
-        let (high, low): (Vec<_>, Vec<_>) = values.iter().map(|value| split(*value)).unzip();
+        let (mut high, mut low) = (vec![], vec![]);
+        let all = values.par_iter().with_min_len(SHARE);
+        all.map(|value| split(*value))
+            .unzip_into_vecs(&mut high, &mut low);
         let len = [values.len()];
         Self {
             high: Tensor::from_data(TensorData::new(high, len), (device, DType::BF16)),
@@ -76,7 +83,7 @@ impl Halves {
     fn read(&self) -> Result<Vec<f32>, String> {
         let high: Vec<bf16> = host(self.high.try_to_data())?;
         let low: Vec<i16> = host(self.low.try_to_data())?;
-        let pairs = high.into_iter().zip(low);
+        let pairs = high.into_par_iter().zip(low).with_min_len(SHARE);
         Ok(pairs.map(|(high, low)| join(high, low)).collect())
     }
 
@@ -90,12 +97,18 @@ impl Halves {
 impl Master {
     /// `values`, of which those from `wide` on are held in halves.
     pub fn new(mut values: Vec<f32>, wide: usize, device: &Device) -> Self {
-        let others = values.split_off(wide.min(values.len()));
+        let others = values.get(wide..).unwrap_or_default();
+        let halves = (!others.is_empty()).then(|| Halves::new(others, device));
+        if halves.is_some() {
+            // Mostly next to nothing is left.
+            values.truncate(wide);
+            values.shrink_to_fit();
+        }
         let len = [values.len()];
         let first = || Tensor::from_data(TensorData::new(values, len), (device, DType::F32));
         Self {
             wide: (len != [0]).then(first),
-            halves: (!others.is_empty()).then(|| Halves::new(&others, device)),
+            halves,
         }
     }
 
