@@ -61,8 +61,8 @@ impl Key {
             ..
         } = *self;
         let window = match self.window {
-            Some(window) => format!(" window {window}"),
-            None => String::new(),
+            Some(window) if !self.behind => format!(" window {window}"),
+            _ => String::new(),
         };
         let rows = if self.packed {
             "documents of at most "

@@ -5,10 +5,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::DType;
-use cudarc::driver::sys;
 
 use super::gemm::Matrix;
 use super::stream::{Arg, Context};
+use super::tensor_map;
 use crate::work::Work;
 
 /// As in the source: rows and columns of a tile, its depth, stages of shared memory.
@@ -62,37 +62,11 @@ pub fn gated_fits(d: usize, f: usize) -> bool {
 /// Threads of a block: a warpgroup that loads, two that multiply.
 pub(super) const THREADS: u32 = 384;
 
-/// `[rows, columns]` bf16 in boxes of `height` × 64, in the swizzle that the kernels expect.
+/// `[rows, columns]` bf16 in boxes of `height` × 64.
 fn map(matrix: &Matrix, height: usize) -> Result<Arg, String> {
-    use sys::{
-        CUtensorMapDataType::*, CUtensorMapFloatOOBfill::*, CUtensorMapInterleave::*,
-        CUtensorMapL2promotion::*, CUtensorMapSwizzle::*,
-    };
-    let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    let extents = [matrix.columns as u64, matrix.rows as u64];
-    let strides = [(matrix.ld * 2) as u64];
-    let (part, steps) = ([DEPTH as u32, height as u32], [1, 1]);
-    // SAFETY: the arrays have as many entries as the rank asks for; the address is one of a buffer that
-    // the caller holds until the product is done.
-    unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &mut map,
-            CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2,
-            matrix.at as *mut _,
-            extents.as_ptr(),
-            strides.as_ptr(),
-            part.as_ptr(),
-            steps.as_ptr(),
-            CU_TENSOR_MAP_INTERLEAVE_NONE,
-            CU_TENSOR_MAP_SWIZZLE_128B,
-            CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    }
-    .result()
-    .map_err(|e| format!("tensor map of {matrix:?}: {e}"))?;
-    Ok(Arg::Map(map.opaque))
+    let extents = [matrix.columns, matrix.rows];
+    let part = [DEPTH, height];
+    tensor_map::map((matrix.at, DType::BF16), extents, &[2 * matrix.ld], part)
 }
 
 /// Whether the kernels take operands like these: bf16, row-major, whole tiles, aligned.

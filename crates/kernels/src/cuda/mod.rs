@@ -34,6 +34,7 @@ pub mod scratch;
 mod share;
 pub mod stream;
 pub mod sublayer;
+mod tensor_map;
 pub mod ttt;
 
 pub use stream::{Arg, Buffer, Context, on_stream};
