@@ -11,8 +11,8 @@
 //! with its name. A rank that fails says why before it goes, and so does one that finds itself hanging
 //! while its threads still beat (`hang.rs`).
 
-pub mod device;
-mod frame;
+mod device;
+pub mod frame;
 mod greeting;
 mod hang;
 mod life;
