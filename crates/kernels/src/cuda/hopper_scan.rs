@@ -206,7 +206,7 @@ impl Context<'_> {
     /// group's pieces, each of `tokens`. Squared norms, of which there are `norms`, are left in parts.
     ///
     /// Returns the number of those parts; `None` if there is no kernel for them, and nothing was done: unless D is a
-    /// multiple of 256, F of 64 and 128 at least, pieces are whole blocks of 64 tokens and long enough (384; [`Form::Backward`] in
+    /// multiple of 256, F of 64 and 128 at least, pieces are whole blocks of 64 tokens and long enough (384; backward in
     /// its wide tiles 512), and the tiles keep the GPU busy.
     pub fn scanned_product(
         &mut self,
