@@ -34,8 +34,8 @@ pub fn usage(device: &Device) -> Option<Usage> {
 }
 
 /// Runs `make` on `input`; what it allocates on `device` gets memory of just its size. For what lives as long as
-/// a run: the pools for all else have pages as large as the largest tensor, and would keep rests between it.
-/// What such memory was for once, the like of it gets again, if that is made here, too.
+/// a run: the pools for all else have pages as large as the largest tensor, and would keep rests between such.
+/// Freed, this memory serves only what is made here as well, and has the same size.
 pub fn lasting<I: Send, T: Send>(device: &Device, input: I, make: impl Fn(I) -> T + Send) -> T {
     device.memory_persistent_allocations(input, make)
 }

@@ -191,7 +191,7 @@ impl Updater {
             seconds.push(moments.second);
         }
         let device = scale.device();
-        let joined = memory::lasting(&device, (masters, firsts, seconds), |all| {
+        let (master, moments) = memory::lasting(&device, (masters, firsts, seconds), |all| {
             let (masters, firsts, seconds) = all;
             let moments = Moments {
                 first: Tensor::cat(firsts, 0),
@@ -199,7 +199,7 @@ impl Updater {
             };
             (Master::cat(masters), moments)
         });
-        unit.update(joined.0, joined.1);
+        unit.update(master, moments);
     }
 
     /// The stretches of a unit's shard that have one learning rate, and its factor.

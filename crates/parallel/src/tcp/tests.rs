@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Instant;
 
 use super::*;
+use crate::activity::Declared;
 use crate::group::ProcessGroup;
 
 /// The sentence on each of `size` ranks for a meeting with a short deadline.
@@ -234,6 +235,29 @@ fn strangers_are_let_go() {
     });
 }
 
+/// Two ranks that stand still, as `scene` has them: what each shows of its device, and what it says that it waits
+/// for; until one is said to hang. Both hear a reason with `says`.
+fn both_hear(
+    says: &str,
+    scene: impl Fn(&Activity, bool) -> (DeviceSigns, Option<Declared>) + Sync,
+) {
+    let scene = &scene;
+    std::thread::scope(|scope| {
+        for meeting in meetings(2) {
+            scope.spawn(move || {
+                let group = connect(&meeting).expect("both come");
+                let tcp = group.transport();
+                tcp.activity().at("step 5");
+                let (signs, resting) = scene(tcp.activity(), meeting.rank == 0);
+                tcp.watch_over(signs).expect("a thread");
+                let reason = tcp.watch().wait().expect("one hangs");
+                assert!(reason.contains(says), "{reason}");
+                drop(resting);
+            });
+        }
+    });
+}
+
 /// Two ranks stand still, the device of one only because it waits for the other's: that one is named. If
 /// none else is to blame, it names itself later.
 #[test]
@@ -242,29 +266,19 @@ fn the_rank_that_others_wait_for_is_named() {
         (false, "rank 1 hangs: its main thread, or its device"),
         (true, "rank 0 hangs: its device has waited for other ranks"),
     ] {
-        std::thread::scope(|scope| {
-            for meeting in meetings(2) {
-                scope.spawn(move || {
-                    let group = connect(&meeting).expect("both come");
-                    let (tcp, first) = (group.transport(), meeting.rank == 0);
-                    tcp.activity().at("step 5");
-                    // Moves, at first: whose clock runs longer must not decide.
-                    if !first && !other_moves {
-                        std::thread::sleep(Duration::from_millis(300));
-                        tcp.activity().at("step 6");
-                    }
-                    let resting = (!first && other_moves).then(|| tcp.activity().wait());
-                    let waits: fn() -> bool = if first { || true } else { || false };
-                    let signs = DeviceSigns {
-                        waits,
-                        ..DeviceSigns::NONE
-                    };
-                    tcp.watch_over(signs).expect("a thread");
-                    let reason = tcp.watch().wait().expect("one hangs");
-                    assert!(reason.contains(says), "{reason}");
-                    drop(resting);
-                });
+        both_hear(says, |activity, first| {
+            // Moves, at first: whose clock runs longer must not decide.
+            if !first && !other_moves {
+                std::thread::sleep(Duration::from_millis(300));
+                activity.at("step 6");
             }
+            let resting = (!first && other_moves).then(|| activity.wait());
+            let waits: fn() -> bool = if first { || true } else { || false };
+            let signs = DeviceSigns {
+                waits,
+                ..DeviceSigns::NONE
+            };
+            (signs, resting)
         });
     }
 }
@@ -277,25 +291,14 @@ fn a_device_that_cannot_be_asked_is_one_that_hangs() {
             std::thread::park();
         }
     }
-    std::thread::scope(|scope| {
-        for meeting in meetings(2) {
-            scope.spawn(move || {
-                let group = connect(&meeting).expect("both come");
-                let (tcp, first) = (group.transport(), meeting.rank == 0);
-                tcp.activity().at("step 5");
-                let resting = first.then(|| tcp.activity().wait());
-                let signs = match first {
-                    true => DeviceSigns::NONE,
-                    false => DeviceSigns {
-                        marks: never,
-                        ..DeviceSigns::NONE
-                    },
-                };
-                tcp.watch_over(signs).expect("a thread");
-                let reason = tcp.watch().wait().expect("one hangs");
-                assert!(reason.contains("rank 1 hangs"), "{reason}");
-                drop(resting);
-            });
+    both_hear("rank 1 hangs", |activity, first| match first {
+        true => (DeviceSigns::NONE, Some(activity.wait())),
+        false => {
+            let signs = DeviceSigns {
+                marks: never,
+                ..DeviceSigns::NONE
+            };
+            (signs, None)
         }
     });
 }

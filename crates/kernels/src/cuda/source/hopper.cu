@@ -8,7 +8,7 @@ struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
-constexpr int TILE = 128, DEPTH = 64, STAGES = 6;
+constexpr int TILE = 128, DEPTH = 64;
 constexpr int TILE_BYTES = TILE * DEPTH * 2;
 constexpr int GROUP = 8; // pairs of tiles of A that share their way through B
 

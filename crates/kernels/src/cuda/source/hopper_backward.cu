@@ -7,6 +7,8 @@
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+constexpr int STAGES = 6;
+
 enum { GATED_BACKWARD = 0, LEARNED_BACKWARD = 1 };
 
 // C = dZ. in: gate and up side by side [M, 2F].

@@ -136,32 +136,20 @@ impl FastWeightScan {
         (0..rows).map(|row| self.pieces(row)).collect()
     }
 
-    /// Begins to exchange the states that rows begin with. `written(row)`: what the document that is open at the
-    /// end has written here.
-    fn arriving(
+    /// Begins to exchange the states that rows begin with, or what their gradients gather behind the rows.
+    /// `own(row)`: what the document that is open at the end has written here; or Σ dOᵀZ of the one that was open
+    /// at the beginning.
+    fn exchange(
         &self,
+        from: From,
         z: &Tensor<3>,
         w0: &Tensor<2>,
-        written: impl FnMut(usize) -> Tensor<2>,
+        own: impl FnMut(usize) -> Tensor<2>,
     ) -> Exchange<'_> {
         let Some(context) = &self.spec.context else {
             return Exchange::none(z.dims()[0]);
         };
-        Carry::new(context, &self.spec.packing, From::Before, w0.dims(), z).start(written)
-    }
-
-    /// Begins to exchange Σ dOᵀZ of what reads a row's fast weights on the ranks behind. `read(row)`: that of the
-    /// document that was open at the beginning.
-    fn returning(
-        &self,
-        z: &Tensor<3>,
-        w0: &Tensor<2>,
-        read: impl FnMut(usize) -> Tensor<2>,
-    ) -> Exchange<'_> {
-        let Some(context) = &self.spec.context else {
-            return Exchange::none(z.dims()[0]);
-        };
-        Carry::new(context, &self.spec.packing, From::Behind, w0.dims(), z).start(read)
+        Carry::new(context, &self.spec.packing, from, w0.dims(), z).start(own)
     }
 
     /// What of `arrived` the backward pass has to know: it peels the state of a row's last document,
@@ -246,7 +234,7 @@ impl FastWeightScan {
             weights: saved.weights.as_ref(),
         };
         let mut scan = ttt::Backward::new([&saved.z, &saved.v], &saved.w0, kept, &dy, &shape)?;
-        let exchange = self.returning(&saved.z, &saved.w0, |row| scan.read(row));
+        let exchange = self.exchange(From::Behind, &saved.z, &saved.w0, |row| scan.read(row));
         Some(self.faulty(scan.through(pair).run(exchange)))
     }
 
@@ -267,13 +255,13 @@ impl FastWeightScan {
         if clip.is_none() {
             let shape = self.shape(w0);
             if let Some(mut scan) = crate::cuda::ttt::Forward::new(zv, w0, onto, &shape) {
-                let exchange = self.arriving(zv[0], w0, |row| scan.written(row));
+                let exchange = self.exchange(From::Before, zv[0], w0, |row| scan.written(row));
                 return scan.run(exchange);
             }
         }
         let pieces = self.all_pieces();
         let written = |row: usize| reference::written(zv, row, clip, &pieces[row]);
-        let exchange = self.arriving(zv[0], w0, written);
+        let exchange = self.exchange(From::Before, zv[0], w0, written);
         let mut done = reference::forward(zv, w0, (lr, clip), &pieces, exchange);
         if let Some(x) = onto {
             done.output = x.clone() + done.output;
@@ -311,7 +299,7 @@ impl FastWeightScan {
                 weights: weights.as_ref(),
             };
             if let Some(mut scan) = ttt::Backward::new([&z, &v], &w0, kept, &dy, &shape) {
-                let exchange = self.returning(&z, &w0, |row| scan.read(row));
+                let exchange = self.exchange(From::Behind, &z, &w0, |row| scan.read(row));
                 return scan.run(exchange);
             }
             Saved {
@@ -325,7 +313,7 @@ impl FastWeightScan {
         };
         let pieces = self.all_pieces();
         let read = |row: usize| reference::read(&saved.z, &dy, row, &pieces[row]);
-        let exchange = self.returning(&saved.z, &saved.w0, read);
+        let exchange = self.exchange(From::Behind, &saved.z, &saved.w0, read);
         reference::backward(saved, dy, self.spec.lr, &pieces, exchange)
     }
 }
